@@ -1,0 +1,36 @@
+# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|host)
+# make test   every check and every test, real engines included
+ENGINE ?= 26.1
+BIN := .venv/bin
+SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' $(MAKEFILE_LIST)
+
+demo: .venv/.run
+	@$(BIN)/python examples/demo.py --engine $(ENGINE)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/footprint.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/.run: $(SETUP_INPUT)
+	tools/setup run
+
+.venv/.dev: $(SETUP_INPUT)
+	tools/setup dev

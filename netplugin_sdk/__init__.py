@@ -1,0 +1,77 @@
+"""Write Docker network drivers in Python: subclass `NetworkDriver`, write networking only.
+
+The helpers that touch the kernel are in `netplugin_sdk.linux` and are not imported here.
+"""
+
+from netplugin_sdk.driver import IpamDriver, NetworkDriver
+from netplugin_sdk.errors import (
+    Conflict,
+    DriverError,
+    InvalidOption,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
+from netplugin_sdk.messages import (
+    AddressRef,
+    AddressRequest,
+    AllocateNetwork,
+    EndpointInterface,
+    EndpointOptions,
+    IpamData,
+    Join,
+    MacAddress,
+    NetworkOptions,
+    Node,
+    Pool,
+    PoolRequest,
+    Port,
+    PortMapping,
+    Scope,
+    SkipGateway,
+    StaticRoute,
+    TransportProtocol,
+)
+from netplugin_sdk.options import DriverOptions
+from netplugin_sdk.plugin import Plugin
+from netplugin_sdk.server import Server, TLSFiles, serve
+from netplugin_sdk.state import Endpoint, Network, Sandbox
+
+__all__ = [
+    "AddressRef",
+    "AddressRequest",
+    "AllocateNetwork",
+    "Conflict",
+    "DriverError",
+    "DriverOptions",
+    "Endpoint",
+    "EndpointInterface",
+    "EndpointOptions",
+    "InvalidOption",
+    "InvalidRequest",
+    "IpamData",
+    "IpamDriver",
+    "Join",
+    "MacAddress",
+    "Network",
+    "NetworkDriver",
+    "NetworkOptions",
+    "Node",
+    "NotFound",
+    "Plugin",
+    "Pool",
+    "PoolRequest",
+    "Port",
+    "PortMapping",
+    "Sandbox",
+    "Scope",
+    "Server",
+    "SkipGateway",
+    "StaticRoute",
+    "TLSFiles",
+    "TransportProtocol",
+    "Unavailable",
+    "Unsupported",
+    "serve",
+]

@@ -1,0 +1,182 @@
+"""`NetworkDriver` and `IpamDriver`: what an author subclasses."""
+
+from __future__ import annotations
+
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic
+
+from netplugin_sdk.messages import (
+    AddressRef,
+    AddressRequest,
+    AllocateNetwork,
+    EndpointInterface,
+    EndpointOptions,
+    IPInterface,
+    Join,
+    Node,
+    Pool,
+    PoolRequest,
+    Scope,
+    SkipGateway,
+)
+from netplugin_sdk.options import DriverOptions
+from netplugin_sdk.state import Endpoint, Network, OptionsT, Sandbox
+
+
+class NetworkDriver(ABC, Generic[OptionsT]):
+    """A Docker network driver: six methods that must be written, and some that may be.
+
+    What the SDK does before it calls a method: the request is decoded and checked, the network and the endpoint are
+    looked up, and a repeated request, which the engine sends after a lost connection, is answered from memory. So a
+    method sees each change once, with objects that exist. Calls on one network come one after the other, calls on
+    different networks in parallel from different threads.
+
+    What a method must keep to: it can be run twice, since the plugin may be killed inside it and the engine ask
+    again; and `delete_network`, `delete_endpoint` and `leave` succeed where there is little or nothing to remove,
+    since they also undo a `create_network`, `create_endpoint` or `join` that failed half-way. An exception reaches
+    `docker` as one line: a `DriverError` by its text, any other by its type and text, with the traceback in the log.
+
+    Capabilities follow from what the subclass overrides; see the optional methods. A driver with ``-o`` options
+    names their class: ``class L2(NetworkDriver[L2Options])``.
+    """
+
+    scope: ClassVar[Scope] = Scope.LOCAL
+    """Whether networks belong to this host, or to the swarm (``GetCapabilities``, ``Scope``)."""
+
+    options_type: ClassVar[type[DriverOptions]] = DriverOptions
+    """The class of the driver's ``-o`` options, taken from the subclass's base ``NetworkDriver[…]``."""
+
+    def __init_subclass__(cls) -> None:
+        """Find the class of options in the bases."""
+        super().__init_subclass__()
+        for base in getattr(cls, "__orig_bases__", ()):
+            if typing.get_origin(base) is NetworkDriver:
+                (options,) = typing.get_args(base)
+                if isinstance(options, type) and issubclass(options, DriverOptions):
+                    cls.options_type = options
+
+    @abstractmethod
+    def create_network(self, network: Network[OptionsT]) -> None:
+        """Make the network (``CreateNetwork``; ``docker network create``).
+
+        The engine never repeats this call after a restart of the host or the plugin: `network` is remembered, and
+        given to every later method.
+        """
+
+    @abstractmethod
+    def delete_network(self, network: Network[OptionsT]) -> None:
+        """Remove the network (``DeleteNetwork``). Its endpoints are gone."""
+
+    @abstractmethod
+    def create_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> EndpointInterface | None:
+        """Prepare a container's attachment (``CreateEndpoint``).
+
+        Returns:
+            Addresses that `Endpoint.requested` left None and that the driver gives; None if it gives none.
+        """
+
+    @abstractmethod
+    def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Remove what `create_endpoint` made (``DeleteEndpoint``). The endpoint has left its sandbox."""
+
+    @abstractmethod
+    def join(self, network: Network[OptionsT], endpoint: Endpoint, sandbox: Sandbox) -> Join:
+        """Make the link that the engine moves into the container (``Join``)."""
+
+    @abstractmethod
+    def leave(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Take the endpoint out of its sandbox (``Leave``): delete the link that `join` made, wherever it is now."""
+
+    # ------------------------------------------------------------------------------ optional: override what you need
+
+    def endpoint_oper_info(self, network: Network[OptionsT], endpoint: Endpoint) -> Mapping[str, Any]:  # noqa: ARG002
+        """What the driver knows of the endpoint (``EndpointOperInfo``; after `join` and on each inspect).
+
+        The values may be JSON values, addresses, `Port` and `PortMapping`.
+        """
+        return {}
+
+    def program_external_connectivity(
+        self, network: Network[OptionsT], endpoint: Endpoint, options: EndpointOptions
+    ) -> None:
+        """Publish `EndpointOptions.port_map` (``ProgramExternalConnectivity``).
+
+        Called for the endpoint that carries its container's default route, again with other options if they change.
+        Override it together with `revoke_external_connectivity`.
+        """
+        raise NotImplementedError
+
+    def revoke_external_connectivity(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Undo `program_external_connectivity` (``RevokeExternalConnectivity``); also before a `leave` without it."""
+
+    def gw_alloc_check(self, options: OptionsT) -> SkipGateway:
+        """Say for which IP versions a network of these options needs no gateway address (``GwAllocCheck``).
+
+        Called before `create_network` by engines ≥ 28; overriding it sets the capability ``GwAllocChecker``.
+        """
+        raise NotImplementedError
+
+    def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:  # noqa: ARG002
+        """Allocate what the network needs in the whole swarm (``AllocateNetwork``; on managers, `scope` global).
+
+        Returns:
+            Options that the nodes get with ``CreateNetwork``.
+        """
+        return {}
+
+    def free_network(self, network_id: str) -> None:
+        """Free what `allocate_network` gave (``FreeNetwork``)."""
+
+    def discover_new(self, node: Node) -> None:
+        """A node joined the swarm (``DiscoverNew``). Overriding it makes the ``ConnectivityScope`` global."""
+        raise NotImplementedError
+
+    def discover_delete(self, node: Node) -> None:
+        """A node left the swarm (``DiscoverDelete``)."""
+        raise NotImplementedError
+
+    def overrides(self, method: str) -> bool:
+        """Whether the subclass defines this optional method."""
+        return getattr(type(self), method) is not getattr(NetworkDriver, method)
+
+
+class IpamDriver(ABC):
+    """A Docker IPAM driver: gives out address pools and addresses.
+
+    Calls for one pool come one after the other, calls for different pools in parallel. The engine repeats a request
+    whose answer was lost, and it cannot be told from a new one: see `request_pool` and `request_address`.
+    """
+
+    requires_mac_address: ClassVar[bool] = False
+    """Whether `AddressRequest.mac_address` is wanted (``GetCapabilities``)."""
+
+    requires_request_replay: ClassVar[bool] = False
+    """Whether the engine is to request pools and gateways again after its restart (``GetCapabilities``)."""
+
+    local_address_space: ClassVar[str] = "LocalDefault"
+    """Default address space of networks of local scope (``GetDefaultAddressSpaces``)."""
+
+    global_address_space: ClassVar[str] = "GlobalDefault"
+    """Default address space of networks of global scope (``GetDefaultAddressSpaces``)."""
+
+    @abstractmethod
+    def request_pool(self, request: PoolRequest) -> Pool:
+        """Give out a pool (``RequestPool``).
+
+        Where `PoolRequest.pool` is None, never the same pool twice: the engine holds on to a pool that overlaps one of
+        its own and asks for another.
+        """
+
+    @abstractmethod
+    def release_pool(self, pool_id: str) -> None:
+        """Take the pool back (``ReleasePool``)."""
+
+    @abstractmethod
+    def request_address(self, request: AddressRequest) -> IPInterface:
+        """Give out an address, with the prefix length of its pool (``RequestAddress``)."""
+
+    @abstractmethod
+    def release_address(self, address: AddressRef) -> None:
+        """Take the address back (``ReleaseAddress``)."""

@@ -1,0 +1,398 @@
+"""From a request to the author's method and back: the order, the memory and the locks that the protocol needs.
+
+The engine delivers at least once, and the plugin can die between any two steps. So each call: takes the lock of its
+network or pool; answers a repetition from memory; writes down what it is about to do; calls the author's method; writes
+down that it is done; answers. A method that fails half-way is undone by its opposite.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeAlias
+
+from netplugin_sdk import messages
+from netplugin_sdk.driver import IpamDriver, NetworkDriver
+from netplugin_sdk.errors import Conflict, NotFound
+from netplugin_sdk.messages import EndpointInterface, Message, Scope
+from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
+
+_log = logging.getLogger("netplugin_sdk")
+
+Handler: TypeAlias = Callable[[Any, bytes], bytes]
+"""Takes the decoded request and its body, gives the body of the answer."""
+
+Routes: TypeAlias = dict[str, tuple[type[Message], Handler]]
+"""Method name (``Join``) → the type of its request and what handles it."""
+
+_DONE = b"{}"
+
+
+class _Locks:
+    """A lock for each key, there only while somebody holds or wants it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[str, _CountedLock] = {}
+
+    def hold(self, key: str) -> _Held:
+        """A context manager that holds the lock of `key`."""
+        return _Held(self._guard, self._locks, key)
+
+
+class _CountedLock:
+    __slots__ = ("lock", "users")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+
+
+class _Held:
+    __slots__ = ("_guard", "_key", "_locks")
+
+    def __init__(self, guard: threading.Lock, locks: dict[str, _CountedLock], key: str) -> None:
+        self._guard, self._locks, self._key = guard, locks, key
+
+    def __enter__(self) -> None:
+        with self._guard:
+            counted = self._locks.get(self._key)
+            if counted is None:
+                counted = self._locks[self._key] = _CountedLock()
+            counted.users += 1
+        counted.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            counted = self._locks[self._key]
+            counted.lock.release()
+            counted.users -= 1
+            if not counted.users:
+                del self._locks[self._key]
+
+
+class NetworkLifecycle(Generic[OptionsT]):
+    """Serves the ``NetworkDriver`` methods with a driver and the store of its networks."""
+
+    def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT]) -> None:
+        self._driver = driver
+        self._store = store
+        self._locks = _Locks()
+
+    def routes(self) -> Routes:
+        """The methods that this driver has. What is missing here is a 404: "method not supported"."""
+        driver, m = self._driver, messages
+        routes: Routes = {
+            "GetCapabilities": (m.Nothing, self._get_capabilities),
+            "CreateNetwork": (m.CreateNetwork, self._create_network),
+            "DeleteNetwork": (m.NetworkRef, self._delete_network),
+            "CreateEndpoint": (m.CreateEndpoint, self._create_endpoint),
+            "DeleteEndpoint": (m.EndpointRef, self._delete_endpoint),
+            "EndpointOperInfo": (m.EndpointRef, self._endpoint_oper_info),
+            "Join": (m.JoinRequest, self._join),
+            "Leave": (m.EndpointRef, self._leave),
+        }
+        programs = driver.overrides("program_external_connectivity")
+        if programs != driver.overrides("revoke_external_connectivity"):
+            raise TypeError(f"{type(driver).__name__} defines only one of program_ and revoke_external_connectivity")
+        if programs:
+            routes["ProgramExternalConnectivity"] = (m.ProgramExternalConnectivity, self._program_external)
+            routes["RevokeExternalConnectivity"] = (m.EndpointRef, self._revoke_external)
+        if driver.overrides("gw_alloc_check"):
+            routes["GwAllocCheck"] = (m.GwAllocCheck, self._gw_alloc_check)
+        if driver.scope is Scope.GLOBAL:
+            routes["AllocateNetwork"] = (m.AllocateNetwork, self._allocate_network)
+            routes["FreeNetwork"] = (m.NetworkRef, self._free_network)
+        if driver.overrides("discover_new"):
+            routes["DiscoverNew"] = (m.Discovery, self._discover_new)
+        if driver.overrides("discover_delete"):
+            routes["DiscoverDelete"] = (m.Discovery, self._discover_delete)
+        return routes
+
+    def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        driver = self._driver
+        discovers = driver.overrides("discover_new") or driver.overrides("discover_delete")
+        return messages.encode(
+            {
+                "Scope": driver.scope,
+                "ConnectivityScope": Scope.GLOBAL if discovers else driver.scope,
+                "GwAllocChecker": driver.overrides("gw_alloc_check"),
+            }
+        )
+
+    # -------------------------------------------------------------------------------------------------- networks
+
+    def _create_network(self, request: messages.CreateNetwork, body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network = self._store.networks.get(request.network_id)
+            if network is not None:
+                _refuse_other_content(network, network.row.request, body)
+                if network.row.intent is None:
+                    return _DONE
+            else:
+                network = self._store.new_network(request, body)
+                _ = network.options  # refused before anything is made
+            self._store.save(network, intent="CreateNetwork")
+            try:
+                self._driver.create_network(network)
+            except Exception:
+                self._undo(network, lambda: self._drop_network(network))
+                raise
+            self._store.save(network, intent=None)
+            return _DONE
+
+    def _delete_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network = self._store.networks.get(request.network_id)
+            if network is None:
+                _log.warning("DeleteNetwork: network %s is unknown, nothing to delete", request.network_id[:12])
+                return _DONE
+            for endpoint in tuple(network.endpoints.values()):
+                _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
+                self._store.save(endpoint, intent="DeleteEndpoint")
+                self._drop_endpoint(network, endpoint)
+            self._store.save(network, intent="DeleteNetwork")
+            self._drop_network(network)
+            return _DONE
+
+    def _drop_network(self, network: Network[OptionsT]) -> None:
+        self._driver.delete_network(network)
+        self._store.forget(network)
+
+    def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            return messages.encode({"Options": dict(self._driver.allocate_network(request))})
+
+    def _free_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            self._driver.free_network(request.network_id)
+            return _DONE
+
+    def _gw_alloc_check(self, request: messages.GwAllocCheck, _body: bytes) -> bytes:
+        options: Any = self._driver.options_type.parse(request.options.generic)
+        return messages.encode(self._driver.gw_alloc_check(options))
+
+    # ------------------------------------------------------------------------------------------------- endpoints
+
+    def _create_endpoint(self, request: messages.CreateEndpoint, body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network = self._network(request.network_id)
+            endpoint = network.endpoints.get(request.endpoint_id)
+            if endpoint is not None:
+                _refuse_other_content(endpoint, endpoint.row.request, body)
+                if endpoint.row.answer is not None:
+                    return endpoint.row.answer
+            else:
+                endpoint = self._store.new_endpoint(request, body)
+            self._store.save(endpoint, intent="CreateEndpoint")
+            try:
+                filled = self._driver.create_endpoint(network, endpoint) or EndpointInterface()
+                answer = messages.encode(
+                    messages.CreateEndpointAnswer(messages.only_new(filled, beside=request.interface))
+                )
+            except Exception:
+                self._undo(endpoint, lambda: self._drop_endpoint(network, endpoint))
+                raise
+            self._store.save(endpoint, intent=None, answer=answer)
+            return answer
+
+    def _delete_endpoint(self, request: messages.EndpointRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            found = self._find_endpoint(request)
+            if found is None:
+                _log.warning("DeleteEndpoint: endpoint %s is unknown, nothing to delete", request.endpoint_id[:12])
+                return _DONE
+            network, endpoint = found
+            self._store.save(endpoint, intent="DeleteEndpoint")
+            self._drop_endpoint(network, endpoint)
+            return _DONE
+
+    def _drop_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        # The engine revokes and leaves first, unless the plugin was down when it did.
+        if endpoint.row.external_request is not None:
+            self._drop_external(network, endpoint, then="DeleteEndpoint")
+        if endpoint.row.join_request is not None:
+            self._drop_join(network, endpoint, then="DeleteEndpoint")
+        self._driver.delete_endpoint(network, endpoint)
+        self._store.forget(endpoint)
+
+    def _endpoint_oper_info(self, request: messages.EndpointRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network, endpoint = self._endpoint(request)
+            return messages.encode({"Value": self._driver.endpoint_oper_info(network, endpoint)})
+
+    # ------------------------------------------------------------------------------------------ join and leave
+
+    def _join(self, request: messages.JoinRequest, body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network, endpoint = self._endpoint(request)
+            if endpoint.row.join_request is not None:
+                _refuse_other_content(endpoint, endpoint.row.join_request, body)
+                if endpoint.row.join_answer is not None:
+                    return endpoint.row.join_answer
+                # it was leaving, and did not succeed
+            # No intent is written: an endpoint that is not joined may be half joined, and `leave` undoes that too.
+            try:
+                join = self._driver.join(network, endpoint, Sandbox.of(request))
+                answer = messages.encode(join.to_wire(internal=network.internal))
+            except Exception:
+                self._undo(endpoint, lambda: self._driver.leave(network, endpoint))
+                raise
+            self._store.save(endpoint, join_request=body, join_answer=answer)
+            return answer
+
+    def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            found = self._find_endpoint(request)
+            if found is None or found[1].row.join_request is None:
+                _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
+                return _DONE
+            network, endpoint = found
+            self._store.save(endpoint, intent="Leave", join_answer=None)
+            if endpoint.row.external_request is not None:
+                self._drop_external(network, endpoint, then="Leave")
+            self._drop_join(network, endpoint)
+            return _DONE
+
+    def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
+        self._driver.leave(network, endpoint)
+        self._store.save(endpoint, intent=then, join_request=None, join_answer=None)
+
+    # -------------------------------------------------------------------------------------- external connectivity
+
+    def _program_external(self, request: messages.ProgramExternalConnectivity, body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            network, endpoint = self._endpoint(request)
+            row = endpoint.row
+            if row.external_request is not None and row.intent is None and messages.same(row.external_request, body):
+                return _DONE
+            self._store.save(endpoint, intent="ProgramExternalConnectivity", external_request=body)
+            try:
+                self._driver.program_external_connectivity(network, endpoint, request.options)
+            except Exception:
+                self._undo(endpoint, lambda: self._drop_external(network, endpoint))
+                raise
+            self._store.save(endpoint, intent=None)
+            return _DONE
+
+    def _revoke_external(self, request: messages.EndpointRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.network_id):
+            found = self._find_endpoint(request)
+            # The engine also revokes what it never programmed, as on internal networks.
+            if found is None or found[1].row.external_request is None:
+                return _DONE
+            network, endpoint = found
+            self._store.save(endpoint, intent="RevokeExternalConnectivity")
+            self._drop_external(network, endpoint)
+            return _DONE
+
+    def _drop_external(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
+        self._driver.revoke_external_connectivity(network, endpoint)
+        self._store.save(endpoint, intent=then, external_request=None)
+
+    # ---------------------------------------------------------------------------------------------------- swarm
+
+    def _discover_new(self, request: messages.Discovery, _body: bytes) -> bytes:
+        return self._discover(request, self._driver.discover_new)
+
+    def _discover_delete(self, request: messages.Discovery, _body: bytes) -> bytes:
+        return self._discover(request, self._driver.discover_delete)
+
+    def _discover(self, request: messages.Discovery, notify: Callable[[messages.Node], None]) -> bytes:
+        if request.node is not None:
+            with self._locks.hold("nodes"):
+                notify(request.node)
+        return _DONE
+
+    # -------------------------------------------------------------------------------------------------- looking up
+
+    def _network(self, network_id: str) -> Network[OptionsT]:
+        network = self._store.networks.get(network_id)
+        if network is None:
+            raise NotFound(f"network {network_id[:12]} is unknown to this plugin")
+        return network
+
+    def _find_endpoint(
+        self, request: messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
+    ) -> tuple[Network[OptionsT], Endpoint] | None:
+        network = self._store.networks.get(request.network_id)
+        endpoint = None if network is None else network.endpoints.get(request.endpoint_id)
+        return None if network is None or endpoint is None else (network, endpoint)
+
+    def _endpoint(
+        self, request: messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
+    ) -> tuple[Network[OptionsT], Endpoint]:
+        found = self._find_endpoint(request)
+        if found is None:
+            self._network(request.network_id)
+            raise NotFound(f"endpoint {request.endpoint_id[:12]} is unknown to this plugin")
+        return found
+
+    @staticmethod
+    def _undo(record: Network[OptionsT] | Endpoint, undo: Callable[[], None]) -> None:
+        """Take back what a method that failed may have made half of. The caller raises what it failed with."""
+        try:
+            undo()
+        except Exception:
+            # The row keeps its intent: it says what is half done.
+            _log.exception("%s of %r failed, and so did undoing it", record.row.intent, record)
+
+
+def _refuse_other_content(record: Network[Any] | Endpoint, known: bytes, body: bytes) -> None:
+    if not messages.same(known, body):
+        raise Conflict(f"{record!r} exists already, with another request")
+
+
+class IpamLifecycle:
+    """Serves the ``IpamDriver`` methods with a driver."""
+
+    def __init__(self, driver: IpamDriver) -> None:
+        self._driver = driver
+        self._locks = _Locks()
+
+    def routes(self) -> Routes:
+        """All methods."""
+        m = messages
+        return {
+            "GetCapabilities": (m.Nothing, self._get_capabilities),
+            "GetDefaultAddressSpaces": (m.Nothing, self._get_default_address_spaces),
+            "RequestPool": (m.PoolRequest, self._request_pool),
+            "ReleasePool": (m.PoolRef, self._release_pool),
+            "RequestAddress": (m.AddressRequest, self._request_address),
+            "ReleaseAddress": (m.AddressRef, self._release_address),
+        }
+
+    def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        return messages.encode(
+            {
+                "RequiresMACAddress": self._driver.requires_mac_address,
+                "RequiresRequestReplay": self._driver.requires_request_replay,
+            }
+        )
+
+    def _get_default_address_spaces(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        return messages.encode(
+            {
+                "LocalDefaultAddressSpace": self._driver.local_address_space,
+                "GlobalDefaultAddressSpace": self._driver.global_address_space,
+            }
+        )
+
+    def _request_pool(self, request: messages.PoolRequest, _body: bytes) -> bytes:
+        with self._locks.hold(""):  # the pool has no id yet
+            return messages.encode(self._driver.request_pool(request))
+
+    def _release_pool(self, request: messages.PoolRef, _body: bytes) -> bytes:
+        with self._locks.hold(""), self._locks.hold(request.pool_id):
+            self._driver.release_pool(request.pool_id)
+            return _DONE
+
+    def _request_address(self, request: messages.AddressRequest, _body: bytes) -> bytes:
+        with self._locks.hold(request.pool_id):
+            return messages.encode({"Address": self._driver.request_address(request), "Data": {}})
+
+    def _release_address(self, request: messages.AddressRef, _body: bytes) -> bytes:
+        with self._locks.hold(request.pool_id):
+            self._driver.release_address(request)
+            return _DONE

@@ -1,0 +1,83 @@
+"""A driver's own ``-o`` options: a typed class, parsed and validated before the author's method runs."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+import msgspec
+
+from netplugin_sdk.errors import InvalidOption
+
+_NATIVE = (
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+    ipaddress.IPv4Interface,
+    ipaddress.IPv6Interface,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+)
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`")
+_MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
+
+
+class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of ``docker network create -o KEY=VALUE`` that a driver knows, one field each.
+
+    Subclass it and name it in the driver's type: ``class L2(NetworkDriver[L2Options])``. Then every
+    `Network.options` is an instance::
+
+        class L2Options(DriverOptions):
+            mtu: Annotated[int, Meta(ge=68, le=65535)] = field(name="com.docker.network.driver.mtu", default=1500)
+            parent: str | None = None
+
+    `field` and `Meta` are msgspec's: ``name`` is the key on the wire where it is not the field's own, ``Meta``
+    holds bounds, a pattern, a description. Docker sends every value as a string (protocol: ``CreateNetwork``,
+    ``Options["com.docker.network.generic"]``); it is converted to the field's type: str, int, float, bool (true,
+    false, 1, 0), an enum, an `ipaddress` type, a class with a ``parse(text)`` class method, or any of these with
+    ``| None``. A field without default is an option that must be given.
+
+    A driver that names no class knows no option: any ``-o`` is refused, for nothing is ignored silently. To accept
+    what you do not know, subclass with ``forbid_unknown_fields=False`` and read `Network.raw_options`.
+    """
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str]) -> Self:
+        """The options of `given`, converted and checked.
+
+        Raises:
+            InvalidOption: one is unknown, missing or cannot be converted; the text lists the known ones.
+        """
+        try:
+            return msgspec.convert(dict(given), cls, strict=False, dec_hook=_convert)
+        except msgspec.ValidationError as error:
+            raise InvalidOption(f"{_explain(str(error), given)}; {cls._known()}") from None
+
+    @classmethod
+    def _known(cls) -> str:
+        names = sorted(cls.__struct_encode_fields__)
+        return f"known options: {', '.join(names)}" if names else "this driver has no options"
+
+
+def _convert(wanted: type, value: Any) -> Any:
+    if wanted in _NATIVE:
+        return wanted(value)
+    if parse := getattr(wanted, "parse", None):
+        return parse(value)
+    raise NotImplementedError(f"an option cannot be of type {wanted.__name__}")
+
+
+def _explain(reason: str, given: Mapping[str, str]) -> str:
+    # msgspec ends its text with the field's place: "Expected `int` >= 68 - at `$.com.docker.network.driver.mtu`".
+    reason, _, place = reason.partition(" - at `$.")
+    name = place.rstrip("`")
+    if name in given:
+        wanted = reason.removesuffix(", got `str`").replace("`bool`", "true or false").replace("`", "")
+        return f"option {name}={given[name]!r}: {wanted[:1].lower()}{wanted[1:]}"
+    if match := _UNKNOWN_FIELD.match(reason):
+        return f"unknown option {match[1]!r}"
+    if match := _MISSING_FIELD.match(reason):
+        return f"option {match[1]!r} must be given"
+    return reason

@@ -1,0 +1,151 @@
+"""`Plugin`: drivers under one name. Bytes of a request in, bytes of an answer out; also a WSGI application."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from netplugin_sdk import messages
+from netplugin_sdk.driver import IpamDriver, NetworkDriver
+from netplugin_sdk.errors import DriverError, InvalidRequest
+from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Routes
+from netplugin_sdk.state import Store
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+CONTENT_TYPE = "application/vnd.docker.plugins.v1.1+json"
+"""Of every answer (moby ``pkg/plugins/transport``)."""
+
+_log = logging.getLogger("netplugin_sdk")
+_calls = logging.getLogger("netplugin_sdk.calls")
+
+
+class Answer(NamedTuple):
+    """What goes back to the engine: an HTTP status and a JSON body; and what the log says of the call."""
+
+    status: int
+    body: bytes
+    call: dict[str, Any]
+
+
+class Plugin:
+    """One or two drivers, answering the engine's calls.
+
+    Args:
+        *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each; `docker` names both by the plugin's name.
+        state: the folder that remembers networks and endpoints; None remembers them in memory only.
+
+    Raises:
+        TypeError: there is no driver, two of a kind, or something else.
+        Conflict: another process holds the state folder.
+        Unavailable: the state folder cannot be used.
+
+    Threads may call it at the same time. It is a WSGI application, so that it runs under any WSGI server and under
+    Werkzeug's test client.
+    """
+
+    def __init__(self, *drivers: NetworkDriver[Any] | IpamDriver, state: Path | str | None = None) -> None:
+        kinds = {_kind(driver): driver for driver in drivers}
+        if not drivers or len(kinds) != len(drivers):
+            raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
+        self._store: Store[Any] | None = None
+        self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
+        self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
+        for kind, driver in kinds.items():
+            if isinstance(driver, NetworkDriver):
+                self._store = Store(None if state is None else Path(state), driver.options_type)
+                routes = NetworkLifecycle(driver, self._store).routes()
+            else:
+                routes = IpamLifecycle(driver).routes()
+            self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
+
+    def handle(self, path: str, body: bytes) -> Answer:
+        """Answer one call: `path` is ``/NetworkDriver.Join``, `body` its JSON. Never raises.
+
+        `log` is for afterwards, when the answer is on its way.
+        """
+        started = time.perf_counter()
+        method = path[1:]
+        call: dict[str, Any] = {"method": method}
+        try:
+            kind, handler = self._routes[path]
+        except KeyError:
+            # The engine reads 404 as "method not supported".
+            return refusal(404, f"{method} is not supported by this plugin", call)
+        try:
+            try:
+                request: Any = messages.decode(kind, body)
+            except InvalidRequest as invalid:
+                raise InvalidRequest(f"{method}: {invalid}") from None
+            if network_id := getattr(request, "network_id", None):
+                call["network"] = network_id[:12]
+            if endpoint_id := getattr(request, "endpoint_id", None):
+                call["endpoint"] = endpoint_id[:12]
+            answer = Answer(200, handler(request, body), call)
+        except DriverError as error:
+            answer = refusal(error.status, str(error) or type(error).__name__, call)
+        except Exception as error:
+            _log.exception("%s failed", method)
+            answer = refusal(500, " ".join(f"{type(error).__name__}: {error}".split()), call)
+        call["ms"] = round((time.perf_counter() - started) * 1000, 2)
+        return answer
+
+    @staticmethod
+    def log(answer: Answer) -> None:
+        """Log the call that was answered, as one line."""
+        call = answer.call
+        # A 404 is an optional method that the driver does not have.
+        level = logging.INFO if answer.status in (200, 404) else logging.WARNING
+        if _calls.isEnabledFor(level):
+            _calls.log(level, " ".join([f"{name}={value}" for name, value in call.items()]), extra={"call": call})
+
+    def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        return self._implements
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The WSGI application."""
+        # Here, since a plugin under its own server does not need Werkzeug, nor the 8 MB and 60 ms of its import.
+        from werkzeug import Request, Response  # noqa: PLC0415
+
+        request = Request(environ)
+        if request.method == "POST":
+            answer = self.handle(request.path, request.get_data(cache=False))
+        else:
+            answer = refusal(405, f"{request.method} is not POST")
+        self.log(answer)
+        response = Response(answer.body, answer.status, content_type=CONTENT_TYPE)
+        return response(environ, start_response)
+
+    def close(self) -> None:
+        """Let the state folder go. Call it when no call is running; the plugin cannot be used afterwards."""
+        if self._store is not None:
+            self._store.close()
+
+    def __enter__(self) -> Plugin:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _kind(driver: object) -> str:
+    if isinstance(driver, NetworkDriver):
+        return "NetworkDriver"
+    if isinstance(driver, IpamDriver):
+        return "IpamDriver"
+    raise TypeError(f"{driver!r} is neither a NetworkDriver nor an IpamDriver")
+
+
+def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answer:
+    """The answer that says why there is no other."""
+    # A non-200 answer is read from `Err` for both kinds of driver; `Error` is where an IpamDriver's 200 has it.
+    return Answer(
+        status, messages.encode({"Err": text, "Error": text}), {**(call or {}), "status": status, "error": text}
+    )

@@ -1,0 +1,419 @@
+"""What a driver must not forget: networks, endpoints, and the data that its author attaches to them.
+
+One SQLite file per plugin. A row is written *before* the author's method runs, with the operation's name in its column
+``intent``, and again when the method has returned, before the answer goes out, with ``intent`` NULL. So after a crash
+at any point the rows with an intent are exactly what was half done.
+
+The file is read once, when it is opened; from then on the objects in memory are asked and the file is only written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, Generic, Literal, TypeAlias
+
+import msgspec
+from typing_extensions import TypeVar
+
+from netplugin_sdk import messages
+from netplugin_sdk.errors import Conflict, Unavailable
+from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData, IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.options import DriverOptions
+
+OptionsT = TypeVar("OptionsT", bound=DriverOptions, default=DriverOptions)
+DataT = TypeVar("DataT")
+
+Operation: TypeAlias = Literal[
+    "CreateNetwork",
+    "DeleteNetwork",
+    "CreateEndpoint",
+    "DeleteEndpoint",
+    "Join",
+    "Leave",
+    "ProgramExternalConnectivity",
+    "RevokeExternalConnectivity",
+]
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE networks (
+    id TEXT PRIMARY KEY,
+    request BLOB NOT NULL,
+    intent TEXT,
+    data BLOB NOT NULL
+);
+CREATE TABLE endpoints (
+    network_id TEXT NOT NULL,
+    id TEXT NOT NULL,
+    request BLOB NOT NULL,
+    intent TEXT,
+    answer BLOB,
+    join_request BLOB,
+    join_answer BLOB,
+    external_request BLOB,
+    data BLOB NOT NULL,
+    PRIMARY KEY (network_id, id)
+);
+"""
+
+
+class NetworkRow(msgspec.Struct, frozen=True):
+    """A network on disk: requests and answers as they crossed the wire."""
+
+    table: ClassVar[str] = "networks"
+    where: ClassVar[str] = "id = ?"
+    # Networks outlive a power cut; endpoints end with the containers that it kills.
+    synced: ClassVar[bool] = True
+
+    id: str
+    request: bytes
+    intent: Operation | None = None
+    data: bytes = b"{}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The values of `where`."""
+        return (self.id,)
+
+
+class EndpointRow(msgspec.Struct, frozen=True):
+    """An endpoint on disk. It is joined while it has a `join_request`, external while an `external_request`."""
+
+    table: ClassVar[str] = "endpoints"
+    where: ClassVar[str] = "network_id = ? AND id = ?"
+    synced: ClassVar[bool] = False
+
+    network_id: str
+    id: str
+    request: bytes
+    intent: Operation | None = None
+    answer: bytes | None = None
+    join_request: bytes | None = None
+    join_answer: bytes | None = None
+    external_request: bytes | None = None
+    data: bytes = b"{}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The values of `where`."""
+        return (self.network_id, self.id)
+
+
+RowT = TypeVar("RowT", NetworkRow, EndpointRow)
+
+
+class _Record(Generic[RowT]):
+    """What networks and endpoints share: an id, a row, attached data."""
+
+    def __init__(self, row: RowT, save: Callable[..., None]) -> None:
+        self.row: RowT = row
+        """What is on disk. The SDK's own; it changes through `Store.save`."""
+        self._save = save
+
+    @property
+    def id(self) -> str:
+        """Docker's id of it."""
+        return self.row.id
+
+    def interface_name(self, prefix: str) -> str:
+        """A name for a link of this object: ``prefix-`` and 12 characters of the id.
+
+        It follows from the id alone, so that what was made is found again. Raises ValueError where it would be longer
+        than the kernel's 15 bytes (IFNAMSIZ), that is for a prefix of more than two characters.
+        """
+        if not 1 <= len(prefix) <= 2:
+            raise ValueError(f"the prefix of an interface name has 1 or 2 characters, not {prefix!r}")
+        return f"{prefix}-{self.id[:12]}"
+
+    def attach(self, data: object) -> None:
+        """Keep `data` with this object; it is on disk when this returns and replaces what was attached of its class.
+
+        `data` is an instance of a dataclass or msgspec Struct of yours, of fields that have a JSON form or are
+        `ipaddress` objects. It goes when the object goes. Raises `Unavailable` if it cannot be written.
+        """
+        kept = msgspec.json.decode(self.row.data)
+        kept[_name(type(data))] = data
+        self._save(self, data=messages.encode(kept))
+
+    def attached(self, kind: type[DataT]) -> DataT | None:
+        """What was last attached of class `kind`; None if nothing was."""
+        kept = msgspec.json.decode(self.row.data).get(_name(kind))
+        return None if kept is None else msgspec.convert(kept, kind, dec_hook=lambda wanted, value: wanted(value))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id[:12]}>"
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Endpoint(_Record[EndpointRow]):
+    """A container's attachment to a network, from ``CreateEndpoint`` to ``DeleteEndpoint``."""
+
+    def __init__(self, row: EndpointRow, request: messages.CreateEndpoint, save: Callable[..., None]) -> None:
+        super().__init__(row, save)
+        self._request = request
+
+    @property
+    def network_id(self) -> str:
+        """The id of its network."""
+        return self.row.network_id
+
+    @property
+    def requested(self) -> EndpointInterface:
+        """The addresses that the engine gave it: what `create_endpoint` may not fill in."""
+        return self._request.interface
+
+    @property
+    def interface(self) -> EndpointInterface:
+        """Its addresses: what the engine gave, completed by what `create_endpoint` filled in."""
+        asked = self._request.interface
+        if self.row.answer is None:
+            return asked
+        filled = messages.decode(messages.CreateEndpointAnswer, self.row.answer).interface
+        return EndpointInterface(
+            address=asked.address or filled.address,
+            address_ipv6=asked.address_ipv6 or filled.address_ipv6,
+            mac_address=asked.mac_address or filled.mac_address,
+        )
+
+    @property
+    def addresses(self) -> tuple[IPInterface, ...]:
+        """Its IPv4 and IPv6 address with their prefix lengths, as far as it has them."""
+        interface = self.interface
+        return tuple(a for a in (interface.address, interface.address_ipv6) if a is not None)
+
+    @property
+    def mac_address(self) -> MacAddress | None:
+        """Its MAC address; None if neither the engine nor the driver gave one."""
+        return self.interface.mac_address
+
+    @property
+    def options(self) -> EndpointOptions:
+        """``Options`` of ``CreateEndpoint``: ports, and what ``--driver-opt`` gave."""
+        return self._request.options
+
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """The container's sandbox, from `join` to `leave`."""
+        if self.row.join_request is None:
+            return None
+        return Sandbox.of(messages.decode(messages.JoinRequest, self.row.join_request))
+
+    @property
+    def external(self) -> EndpointOptions | None:
+        """``Options`` of ``ProgramExternalConnectivity``, while it carries its container's default route."""
+        if self.row.external_request is None:
+            return None
+        return messages.decode(messages.ProgramExternalConnectivity, self.row.external_request).options
+
+
+class Sandbox(msgspec.Struct, frozen=True):
+    """A container's network namespace as ``Join`` names it.
+
+    `key` is its path. Newer engines have made it when they call; Engine 20.10 makes it after `join`.
+    """
+
+    key: str
+    options: EndpointOptions
+
+    @classmethod
+    def of(cls, request: messages.JoinRequest) -> Sandbox:
+        """The sandbox of a ``Join``."""
+        return cls(request.sandbox_key, request.options)
+
+
+class Network(_Record[NetworkRow], Generic[OptionsT]):
+    """A Docker network, from ``CreateNetwork`` to ``DeleteNetwork``."""
+
+    def __init__(
+        self,
+        row: NetworkRow,
+        request: messages.CreateNetwork,
+        options_type: type[OptionsT],
+        save: Callable[..., None],
+    ) -> None:
+        super().__init__(row, save)
+        self._request = request
+        self._options_type = options_type
+        self._endpoints: dict[str, Endpoint] = {}
+
+    @cached_property
+    def options(self) -> OptionsT:
+        """The driver's own ``-o`` options, checked before `create_network` is called."""
+        return self._options_type.parse(self.raw_options.generic)
+
+    @property
+    def raw_options(self) -> messages.NetworkOptions:
+        """``Options`` of ``CreateNetwork`` as they came."""
+        return self._request.options
+
+    @property
+    def internal(self) -> bool:
+        """``--internal``: no traffic to or from outside of the network."""
+        return self.raw_options.internal
+
+    @property
+    def ipam(self) -> tuple[IpamData, ...]:
+        """The address pools, one for each subnet, IPv4 before IPv6."""
+        return (*self._request.ipv4_data, *self._request.ipv6_data)
+
+    @property
+    def subnets(self) -> tuple[IPNetwork, ...]:
+        """The subnets; none for the null IPAM driver's ``0.0.0.0/0``."""
+        return tuple(data.pool for data in self.ipam if data.pool.prefixlen)
+
+    @property
+    def gateways(self) -> tuple[IPInterface, ...]:
+        """The gateway addresses with the prefix lengths of their subnets, as far as IPAM gave any."""
+        return tuple(data.gateway for data in self.ipam if data.gateway is not None)
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """The endpoints by id."""
+        return MappingProxyType(self._endpoints)
+
+
+class Store(Generic[OptionsT]):
+    """The networks of one plugin and the file that they are kept in.
+
+    `folder` None keeps them in memory only. Otherwise it is made where it is missing, with mode 0700, and locked while
+    the store is open. `options_type` is the class of `Network.options`.
+
+    Raises:
+        Conflict: another process holds the folder.
+        Unavailable: the folder or the file cannot be used; the text says why.
+    """
+
+    def __init__(self, folder: Path | None, options_type: type[OptionsT]) -> None:
+        self.networks: dict[str, Network[OptionsT]] = {}
+        self._options_type = options_type
+        self._lock = threading.Lock()
+        self._folder = None if folder is None else _hold(folder)
+        file = ":memory:" if folder is None else str(folder / "state.db")
+        try:
+            self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+            self._prepare(file)
+            self._load()
+        except sqlite3.Error as error:
+            self.close()
+            raise Unavailable(f"cannot use the state file {file}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, file: str) -> None:
+        db = self._db
+        db.execute("PRAGMA journal_mode = WAL")
+        # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
+        db.execute("PRAGMA synchronous = NORMAL")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT")
+        elif version != _SCHEMA_VERSION:
+            raise Unavailable(
+                f"the state file {file} has version {version} and this SDK knows version {_SCHEMA_VERSION}; "
+                "it is left as it is"
+            )
+
+    def _load(self) -> None:
+        for values in self._db.execute("SELECT * FROM networks"):
+            network = NetworkRow(*values)
+            request = messages.decode(messages.CreateNetwork, network.request)
+            self.networks[network.id] = Network(network, request, self._options_type, self.save)
+        for values in self._db.execute("SELECT * FROM endpoints"):
+            endpoint = EndpointRow(*values)
+            asked = messages.decode(messages.CreateEndpoint, endpoint.request)
+            self.networks[endpoint.network_id]._endpoints[endpoint.id] = Endpoint(endpoint, asked, self.save)
+
+    def new_network(self, request: messages.CreateNetwork, body: bytes) -> Network[OptionsT]:
+        """A network that is neither saved nor listed yet. `body` is the request as it came."""
+        return Network(NetworkRow(request.network_id, body), request, self._options_type, self.save)
+
+    def new_endpoint(self, request: messages.CreateEndpoint, body: bytes) -> Endpoint:
+        """An endpoint that is neither saved nor listed yet. `body` is the request as it came."""
+        return Endpoint(EndpointRow(request.network_id, request.endpoint_id, body), request, self.save)
+
+    def save(self, record: _Record[RowT], **changes: bytes | str | None) -> None:
+        """Write the record down with these columns of its row changed, then show it so, and list it if it is new.
+
+        Raises:
+            Unavailable: it cannot be written; nothing has changed.
+        """
+        row: RowT = msgspec.structs.replace(record.row, **changes)
+        if self._listed(record):
+            columns = ", ".join([f"{column} = ?" for column in changes])
+            self._write(
+                row.synced, f"UPDATE {row.table} SET {columns} WHERE {row.where}", (*changes.values(), *row.key)
+            )
+        else:
+            values = msgspec.structs.astuple(row)
+            self._write(row.synced, f"INSERT INTO {row.table} VALUES ({', '.join('?' * len(values))})", values)
+        record.row = row
+        if isinstance(record, Network):
+            self.networks[record.id] = record
+        elif isinstance(record, Endpoint):
+            self.networks[record.network_id]._endpoints[record.id] = record
+
+    def forget(self, record: Network[OptionsT] | Endpoint) -> None:
+        """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
+        self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE {record.row.where}", record.row.key)
+        if isinstance(record, Network):
+            self.networks.pop(record.id, None)
+        else:
+            self.networks[record.network_id]._endpoints.pop(record.id, None)
+
+    def _listed(self, record: object) -> bool:
+        if isinstance(record, Endpoint):
+            return record.id in self.networks[record.network_id].endpoints
+        return isinstance(record, Network) and record.id in self.networks
+
+    def _write(self, synced: bool, statement: str, values: tuple[object, ...]) -> None:
+        # One statement is one transaction. The lock keeps one thread's statement out of another's pragmas.
+        with self._lock:
+            try:
+                if synced:
+                    self._db.execute("PRAGMA synchronous = FULL")
+                try:
+                    self._db.execute(statement, values)
+                finally:
+                    if synced:
+                        self._db.execute("PRAGMA synchronous = NORMAL")
+            except sqlite3.Error as error:
+                raise Unavailable(f"cannot write the plugin's state: {error}") from error
+
+    def close(self) -> None:
+        """Close the file and let the folder go. The store cannot be used afterwards."""
+        with self._lock:
+            with suppress(AttributeError):  # the file could not be opened
+                self._db.close()
+            if self._folder is not None:
+                os.close(self._folder)
+                self._folder = None
+
+
+def _hold(folder: Path) -> int:
+    """Make the folder and lock it, until the returned descriptor is closed."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Unavailable(f"cannot use the state folder {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(held, 20, 0).decode() or "another process"
+        os.close(held)
+        raise Conflict(f"the state folder {folder} is in use by {holder}") from None
+    os.ftruncate(held, 0)
+    os.pwrite(held, f"pid {os.getpid()}".encode(), 0)
+    return held

@@ -1,0 +1,80 @@
+"""Real network namespaces, which vanish with the test: nothing of the host's network is seen or touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from netplugin_sdk.linux import links
+
+from .lab import SYSCTLS, Namespace, current, run, setns, unshare
+
+
+@pytest.fixture
+def netns() -> Iterator[None]:
+    """A fresh network namespace around the test, with the loopback up; the code under test works in it."""
+    if missing := [tool for tool in ("ip", "nsenter") if not shutil.which(tool)]:
+        pytest.skip(f"not installed: {', '.join(missing)} (packages iproute2, util-linux)")
+    home = current()
+    links.close()
+    try:
+        unshare()
+    except OSError as error:
+        os.close(home)
+        pytest.skip(f"cannot make a network namespace (CAP_SYS_ADMIN is missing): {error.strerror}")
+    try:
+        run("ip", "link", "set", "lo", "up")
+        yield
+    finally:
+        links.close()
+        setns(home)
+        os.close(home)
+
+
+@pytest.fixture
+def namespace(request: pytest.FixtureRequest) -> Iterator[Callable[[], Namespace]]:
+    """Makes further namespaces, which are gone after the test."""
+    request.getfixturevalue("netns")
+    made: list[Namespace] = []
+
+    def make() -> Namespace:
+        made.append(Namespace())
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def iptables(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host as Docker leaves it: it forwards, and FORWARD drops what nobody accepts, even between a bridge's ports.
+
+    Two programs are called iptables. This is the one over nftables, unless the test's parameter says "legacy".
+    """
+    request.getfixturevalue("netns")
+    kind = getattr(request, "param", "nft")
+    program = shutil.which(f"xtables-{kind}-multi")
+    if program is None or not shutil.which("ping"):
+        pytest.skip(f"not installed: xtables-{kind}-multi or ping (packages iptables, iputils-ping)")
+    for command in ("iptables", "ip6tables"):
+        for name in (command, f"{command}-save", f"{command}-restore"):
+            (tmp_path / name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    try:
+        run("iptables", "-P", "FORWARD", "DROP")
+    except AssertionError as error:
+        pytest.skip(f"the kernel has no support for {kind} iptables: {error}")
+    run("ip6tables", "-P", "FORWARD", "DROP")
+    for command in ("iptables", "ip6tables"):
+        # A rule of somebody else's, which also makes the table exist before and after.
+        run(command, "-t", "nat", "-A", "POSTROUTING", "-o", "lo", "-j", "RETURN")
+    for sysctl in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        (SYSCTLS / sysctl).write_text("1")
+    for sysctl in ("bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"):
+        if (SYSCTLS / sysctl).exists():  # without the module br_netfilter bridged packets are not filtered
+            (SYSCTLS / sysctl).write_text("1")

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_interface
+from pathlib import Path
+
+import pytest
+
+from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
+from netplugin_sdk.linux import links
+from netplugin_sdk.linux.links import LinkError
+
+from .lab import Namespace, run
+
+pytestmark = pytest.mark.usefixtures("netns")
+
+V4, V6 = ip_interface("10.9.0.1/24"), ip_interface("fd00:9::1/64")
+MAC = "02:42:0a:09:00:02"
+
+
+# Bridges
+
+
+def test_a_new_bridge_is_up_with_its_addresses_and_mtu() -> None:
+    links.ensure_bridge("br-t", addresses=[V4, V6], mtu=1400)
+    bridge = links.describe("br-t")
+    assert (bridge.name, bridge.kind, bridge.mtu, bridge.up, bridge.master) == ("br-t", "bridge", 1400, True, None)
+    assert {V4, V6} <= set(bridge.addresses)
+
+
+def test_an_ipv6_address_can_be_used_at_once() -> None:
+    links.ensure_bridge("br-t", addresses=[V6])
+    assert "tentative" not in run("ip", "-6", "address", "show", "dev", "br-t", "to", str(V6))
+
+
+def test_a_bridge_twice_is_the_same_bridge() -> None:
+    links.ensure_bridge("br-t", addresses=[V4, V6], mtu=1400)
+    first = links.describe("br-t")
+    links.ensure_bridge("br-t", addresses=[V4, V6], mtu=1400)
+    assert links.describe("br-t") == first
+
+
+def test_an_existing_bridge_is_adopted() -> None:
+    run("ip", "link", "add", "mine", "address", "02:00:00:00:00:07", "type", "bridge")
+    run("ip", "address", "add", "192.0.2.1/24", "dev", "mine")
+    links.ensure_bridge("mine", addresses=[V4], mtu=1300)
+    bridge = links.describe("mine")
+    assert (bridge.mac, bridge.mtu, bridge.up) == ("02:00:00:00:00:07", 1300, True)
+    assert set(bridge.addresses) >= {V4, ip_interface("192.0.2.1/24")}
+
+
+def test_a_bridge_keeps_its_mac_and_mtu_whatever_its_ports_do() -> None:
+    links.ensure_bridge("br-t", mtu=1400)
+    before = links.describe("br-t")
+    assert before.mac is not None
+    assert int(before.mac[:2], 16) & 0b11 == 0b10, "locally administered, unicast"
+    links.ensure_veth("ve-h", "ve-i", master="br-t")
+    run("ip", "link", "set", "ve-h", "address", "00:00:00:00:00:01", "mtu", "9000")
+    assert (links.describe("br-t").mac, links.describe("br-t").mtu) == (before.mac, 1400)
+    links.delete("ve-h")
+    assert (links.describe("br-t").mac, links.describe("br-t").mtu) == (before.mac, 1400)
+
+
+def test_bridges_of_one_name_on_two_hosts_have_different_macs() -> None:
+    links.ensure_bridge("br-t")
+    first = links.describe("br-t").mac
+    links.delete("br-t")
+    links.ensure_bridge("br-t")
+    assert links.describe("br-t").mac != first
+
+
+def test_a_bridge_takes_a_jumbo_mtu_before_it_has_ports() -> None:
+    links.ensure_bridge("br-t", mtu=9000)
+    assert links.describe("br-t").mtu == 9000
+
+
+def test_a_name_held_by_something_else_is_a_conflict() -> None:
+    links.ensure_veth("ve-h", "ve-i")
+    with pytest.raises(Conflict, match=r"^bridge ve-h: cannot create: a veth interface has this name$"):
+        links.ensure_bridge("ve-h")
+    with pytest.raises(Conflict, match=r"^bridge lo: cannot create: a physical or loopback interface has this name$"):
+        links.ensure_bridge("lo")
+
+
+def test_a_bridge_that_cannot_be_completed_is_removed() -> None:
+    with pytest.raises(LinkError, match=r"^bridge br-t: cannot set up with MTU 9: Invalid argument"):
+        links.ensure_bridge("br-t", mtu=9)
+    assert not links.exists("br-t")
+    with pytest.raises(
+        LinkError, match=r"^bridge br-t: cannot add address ff02::1/64: Cannot assign requested address"
+    ):
+        links.ensure_bridge("br-t", addresses=[V4, ip_interface("ff02::1/64")])
+    assert not links.exists("br-t")
+
+
+def test_an_adopted_bridge_that_cannot_be_completed_stays() -> None:
+    links.ensure_bridge("br-t")
+    with pytest.raises(LinkError):
+        links.ensure_bridge("br-t", mtu=9)
+    assert links.exists("br-t")
+
+
+# Pairs
+
+
+def test_a_new_pair() -> None:
+    links.ensure_bridge("br-t")
+    links.ensure_veth("ve-h", "ve-i", master="br-t", mtu=1400, mac=MAC)
+    host, inside = links.describe("ve-h"), links.describe("ve-i")
+    assert (host.kind, host.mtu, host.up, host.master) == ("veth", 1400, True, "br-t")
+    assert (inside.kind, inside.mtu, inside.up, inside.master, inside.mac) == ("veth", 1400, False, None, MAC)
+
+
+def test_a_pair_twice_is_the_same_pair() -> None:
+    links.ensure_veth("ve-h", "ve-i")
+    index = run("cat", "/proc/net/dev_snmp6/ve-h")  # its first line is the index
+    links.ensure_veth("ve-h", "ve-i")
+    assert run("cat", "/proc/net/dev_snmp6/ve-h").splitlines()[0] == index.splitlines()[0]
+
+
+def test_an_existing_pair_is_brought_to_what_is_asked() -> None:
+    links.ensure_bridge("br-t")
+    links.ensure_veth("ve-h", "ve-i")
+    run("ip", "link", "set", "ve-h", "down")
+    links.ensure_veth("ve-h", "ve-i", master="br-t", mtu=1400, mac=MAC)
+    host, inside = links.describe("ve-h"), links.describe("ve-i")
+    assert (host.mtu, host.up, host.master) == (1400, True, "br-t")
+    assert (inside.mtu, inside.mac) == (1400, MAC)
+
+
+def test_what_is_not_asked_stays() -> None:
+    links.ensure_bridge("br-t")
+    links.ensure_veth("ve-h", "ve-i", master="br-t", mtu=1400, mac=MAC)
+    before = links.describe("ve-h"), links.describe("ve-i")
+    links.ensure_veth("ve-h", "ve-i")
+    assert (links.describe("ve-h"), links.describe("ve-i")) == before
+
+
+def test_a_pair_whose_inside_has_moved_away_is_made_anew(namespace: Callable[[], Namespace]) -> None:
+    sandbox = namespace()
+    links.ensure_veth("ve-h", "ve-i")
+    sandbox.adopt("ve-i")
+    assert not links.exists("ve-i")
+    links.ensure_veth("ve-h", "ve-i")
+    assert links.describe("ve-i").kind == "veth"
+    assert "ve-i" not in sandbox.run("ip", "link")
+
+
+def test_an_end_that_moved_away_is_not_taken_for_one_with_its_index_here(namespace: Callable[[], Namespace]) -> None:
+    sandbox = namespace()
+    run("ip", "link", "add", "gone", "index", "77", "type", "veth", "peer", "name", "ve-h")
+    run("ip", "link", "set", "gone", "netns", sandbox.path)
+    assert sandbox.run("ip", "-o", "link", "show", "gone").startswith("77:")
+    run("ip", "link", "add", "ve-i", "index", "77", "type", "veth", "peer", "name", "other")
+    with pytest.raises(Conflict, match=r"^veth ve-h: cannot create: ve-i exists and is not its other end$"):
+        links.ensure_veth("ve-h", "ve-i")
+    assert links.exists("ve-h")
+
+
+def test_a_pair_with_another_end_is_made_anew() -> None:
+    links.ensure_veth("ve-h", "ve-x")
+    links.ensure_veth("ve-h", "ve-i")
+    assert links.exists("ve-i")
+    assert not links.exists("ve-x")
+
+
+def test_an_inside_that_belongs_to_another_pair_is_a_conflict() -> None:
+    links.ensure_veth("other", "ve-i")
+    with pytest.raises(Conflict, match=r"^veth ve-h: cannot create: ve-i exists and is not its other end$"):
+        links.ensure_veth("ve-h", "ve-i")
+    assert not links.exists("ve-h")
+
+
+def test_a_pair_over_another_kind_is_a_conflict() -> None:
+    links.ensure_bridge("ve-h")
+    with pytest.raises(Conflict, match=r"^veth ve-h: cannot create: a bridge interface has this name$"):
+        links.ensure_veth("ve-h", "ve-i")
+
+
+def test_a_missing_master_is_named_and_nothing_is_made() -> None:
+    with pytest.raises(LinkError, match=r"^veth ve-h: cannot attach to br-none: No such device$"):
+        links.ensure_veth("ve-h", "ve-i", master="br-none")
+    assert not links.exists("ve-h")
+
+
+def test_a_pair_that_the_kernel_refuses_leaves_nothing() -> None:
+    links.ensure_veth("not-a", "bridge")
+    with pytest.raises(LinkError, match=r"^veth ve-h: cannot create with ve-i: Operation not supported"):
+        links.ensure_veth("ve-h", "ve-i", master="not-a")
+    with pytest.raises(LinkError, match=r"^veth ve-h: cannot create with ve-i: Cannot assign requested address"):
+        links.ensure_veth("ve-h", "ve-i", mac="01:00:5e:00:00:01")
+    assert not links.exists("ve-h")
+    assert not links.exists("ve-i")
+
+
+@pytest.mark.parametrize("mac", ["", "02:42", "02:42:0a:09:00:02:03", "zz:42:0a:09:00:02"])
+def test_a_mac_that_is_none(mac: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not a MAC address"):
+        links.ensure_veth("ve-h", "ve-i", mac=mac)
+
+
+# The rest
+
+
+def test_delete() -> None:
+    links.ensure_veth("ve-h", "ve-i")
+    assert links.delete("ve-i")
+    assert not links.exists("ve-h")
+    assert not links.delete("ve-h")
+    with pytest.raises(LinkError, match=r"^interface lo: cannot delete: Operation not supported"):
+        links.delete("lo")
+
+
+def test_describe() -> None:
+    loopback = links.describe("lo")
+    assert (loopback.kind, loopback.up, loopback.mtu) == (None, True, 65536)
+    assert loopback.addresses == (ip_interface("127.0.0.1/8"), ip_interface("::1/128"))
+    with pytest.raises(NotFound, match=r"^there is no interface br-none$"):
+        links.describe("br-none")
+
+
+def test_describe_is_not_confused_by_others() -> None:
+    links.ensure_bridge("br-a", addresses=[V4])
+    links.ensure_bridge("br-b", addresses=[V6])
+    assert V4 not in links.describe("br-b").addresses
+    assert V6 not in links.describe("br-a").addresses
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "a b", "a\tb", "a\nb", "a\0b", "a:b", "br%d", "x" * 16, "é" * 8, "\ud800", "a\u2003b"],
+)
+def test_names_that_the_kernel_would_not_take(name: str) -> None:
+    for use in (links.ensure_bridge, links.delete, links.exists, links.describe):
+        with pytest.raises(InvalidRequest, match="cannot be the name of an interface"):
+            use(name)
+    for pair in ((name, "ve-i"), ("ve-h", name)):
+        with pytest.raises(InvalidRequest):
+            links.ensure_veth(*pair)
+
+
+@pytest.mark.parametrize("name", ["x", "x" * 15, "é" * 7, "...", "br+", "-x"])
+def test_names_that_it_takes(name: str) -> None:
+    links.ensure_bridge(name)
+    assert links.describe(name).name == name
+    assert links.delete(name)
+
+
+# Threads
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def netlink_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("netlink")]
+
+
+def test_many_threads_at_once_and_nothing_left_after_close() -> None:
+    before = descriptors()
+    links.ensure_bridge("br-t")
+
+    def work(number: int) -> None:
+        for turn in range(3):
+            links.ensure_veth(f"h{number}.{turn}", f"i{number}.{turn}", master="br-t")
+            assert links.describe(f"h{number}.{turn}").master == "br-t"
+            links.ensure_veth(f"h{number}.{turn}", f"i{number}.{turn}", mtu=1400)
+            assert links.delete(f"h{number}.{turn}")
+            assert not links.exists(f"i{number}.{turn}")
+
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(work, range(8)))
+    assert len(netlink_threads()) == 4
+    used = descriptors()
+    with ThreadPoolExecutor(8) as callers:  # other threads than before
+        list(callers.map(work, range(8)))
+    assert descriptors() == used, "descriptors grow with the number of calling threads"
+
+    links.close()
+    assert netlink_threads() == []
+    assert descriptors() == before
+
+
+def test_close_waits_for_what_is_under_way_and_the_next_use_starts_anew() -> None:
+    for turn in range(10):
+        links.ensure_veth(f"h{turn}", f"i{turn}")
+    with ThreadPoolExecutor(10) as callers:
+        deletions = [callers.submit(links.delete, f"h{turn}") for turn in range(10)]
+        links.close()
+        assert all(deletion.result(10) for deletion in deletions)
+    assert links.exists("lo")
+
+
+def test_close_twice_and_before_any_use() -> None:
+    links.close()
+    links.close()
+
+
+def test_a_socket_that_cannot_be_opened_is_an_error_of_that_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(links, "IPRoute", refuse)
+        with pytest.raises(LinkError, match=r"^netlink socket: Too many open files$"):
+            links.describe("lo")
+    for _ in range(8):  # every worker has its turn
+        assert links.describe("lo").up
+
+
+def test_the_sdk_itself_does_not_import_netlink() -> None:
+    code = "import sys, netplugin_sdk; sys.exit(any(name.startswith('pyroute2') for name in sys.modules))"
+    run(sys.executable, "-c", code)
