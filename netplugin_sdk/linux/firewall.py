@@ -63,7 +63,8 @@ def ensure_bridge(
 
     Concerns the address families of `subnets`; a bridge without subnets may carry both, so both are. With
     `masquerade`, what leaves a subnet by another interface gets that interface's address as its source. The bridge
-    need not exist yet. Run again, it replaces what it made before, and moves behind rules the user has added since.
+    need not exist yet. Run again, it brings what it made before to what is asked now, and moves behind rules
+    that the user has added since.
 
     Raises `FirewallError` if iptables refuses, `Unavailable` if it is not installed, `InvalidRequest` if the name
     cannot be written into a rule.
@@ -88,32 +89,39 @@ def delete_bridge(bridge: str) -> None:
 
 
 def _with_bridge(saved: str, bridge: str, sources: Iterable[_Subnet], internal: bool) -> str:
-    """From what iptables-save printed, the input for iptables-restore --noflush that makes it so."""
+    """From what iptables-save printed, the input for iptables-restore --noflush that makes it so; empty if it is so."""
     rules = _parse(saved)
     note, chain = _note(bridge), _chain(bridge)
 
-    filter_ = [f"-N {name}" for name in (_USERS, _OURS) if ("filter", name) not in rules]
-    # -N above and not ":NAME", which would empty a chain that another process made meanwhile. Here it is meant.
-    filter_ += [f":{chain} - [0:0]", *_removals(rules, "filter", _OURS, bridge)]
-    if not {f"-j {_USERS}", _FROM_FORWARD} & set(rules.get(("filter", "FORWARD"), ())):
-        filter_ += [f"-I FORWARD 1 {_FROM_FORWARD}"]
-    filter_ += _jump_after_users(rules.get(("filter", _USERS), []))
-    filter_ += [f"-A {chain} -i {bridge} {note} -j ACCEPT"]
+    entering = [f"-i {bridge} {note} -j ACCEPT", f"{note} -j DROP"]
+    first, last = [f"-o {bridge} {note} -j {chain}"], []
     if internal:
-        filter_ += [f"-I {_OURS} 1 -i {bridge} ! -o {bridge} {note} -j DROP"]
+        first += [f"-i {bridge} ! -o {bridge} {note} -j DROP"]
     else:
-        filter_ += [
-            f"-A {chain} -m conntrack --ctstate RELATED,ESTABLISHED {note} -j ACCEPT",
-            f"-A {_OURS} -i {bridge} {note} -j ACCEPT",
-        ]
-    filter_ += [f"-A {chain} {note} -j DROP", f"-I {_OURS} 1 -o {bridge} {note} -j {chain}"]
-
-    nat = _removals(rules, "nat", "POSTROUTING", bridge)
-    nat += [
-        f"-A POSTROUTING -s {net} ! -o {bridge} {note} -j MASQUERADE"
+        entering[1:1] = [f"-m conntrack --ctstate RELATED,ESTABLISHED {note} -j ACCEPT"]
+        last += [f"-i {bridge} {note} -j ACCEPT"]
+    leaving = [
+        f"-s {net} ! -o {bridge} {note} -j MASQUERADE"
         for net in sources
         if net.prefixlen  # 0.0.0.0/0 is the null IPAM driver's "no subnet", and would masquerade the host's own
     ]
+
+    # -N, not ":NAME", which would empty a chain that Docker made meanwhile; for the bridge's own that is what we want.
+    # What is so already is not touched: iptables over nftables waits 16 ms wherever it has removed a rule.
+    filter_ = [f"-N {name}" for name in (_USERS, _OURS) if ("filter", name) not in rules]
+    if not {f"-j {_USERS}", _FROM_FORWARD} & set(rules.get(("filter", "FORWARD"), ())):
+        filter_ += [f"-I FORWARD 1 {_FROM_FORWARD}"]
+    filter_ += _jump_after_users(rules.get(("filter", _USERS), []))
+    if rules.get(("filter", chain)) != entering:
+        filter_ += [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in entering)]
+    if (old := _noted(rules, "filter", _OURS, bridge)) != first + last:
+        filter_ += [f"-D {_OURS} {rule}" for rule in old]
+        filter_ += [f"-I {_OURS} 1 {rule}" for rule in reversed(first)]
+        filter_ += [f"-A {_OURS} {rule}" for rule in last]
+    nat = []
+    if (old := _noted(rules, "nat", "POSTROUTING", bridge)) != leaving:
+        nat += [f"-D POSTROUTING {rule}" for rule in old]
+        nat += [f"-A POSTROUTING {rule}" for rule in leaving]
     return _text(filter=filter_, nat=nat)
 
 
@@ -123,7 +131,7 @@ def _without_bridge(saved: str, bridge: str) -> str:
     chain = _chain(bridge)
 
     ours, users, forward = (rules.get(("filter", name), []) for name in (_OURS, _USERS, "FORWARD"))
-    filter_ = _removals(rules, "filter", _OURS, bridge)
+    filter_ = [f"-D {_OURS} {rule}" for rule in _noted(rules, "filter", _OURS, bridge)]
     last = len(filter_) == len(ours)
     if ("filter", chain) in rules:
         filter_ += [f"-F {chain}", f"-X {chain}"]
@@ -133,7 +141,8 @@ def _without_bridge(saved: str, bridge: str) -> str:
         filter_ += [f"-D FORWARD {_FROM_FORWARD}"] * forward.count(_FROM_FORWARD)
         if _FROM_FORWARD in forward and set(users) <= {_FROM_USERS} and not _used_by_others(rules):
             filter_ += [f"-X {_USERS}"]
-    return _text(filter=filter_, nat=_removals(rules, "nat", "POSTROUTING", bridge))
+    nat = [f"-D POSTROUTING {rule}" for rule in _noted(rules, "nat", "POSTROUTING", bridge)]
+    return _text(filter=filter_, nat=nat)
 
 
 def _used_by_others(rules: _Rules) -> bool:
@@ -151,9 +160,9 @@ def _jump_after_users(users: list[str]) -> list[str]:
     return [*removals, f"-I {_USERS} {place + 1} {_FROM_USERS}"]
 
 
-def _removals(rules: _Rules, table: str, chain: str, bridge: str) -> list[str]:
+def _noted(rules: _Rules, table: str, chain: str, bridge: str) -> list[str]:
     note = _note(bridge)
-    return [f"-D {chain} {rule}" for rule in rules.get((table, chain), ()) if note in rule]
+    return [rule for rule in rules.get((table, chain), ()) if note in rule]
 
 
 def _note(bridge: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,7 +206,23 @@ def test_twice_is_once() -> None:
     once = rules()
     for number in (1, 2):
         firewall.ensure_bridge(f"br-{number}", subnets=SUBNETS)
-    assert sorted(rules().splitlines()) == sorted(once.splitlines())
+    assert rules() == once
+
+
+@both_programs
+def test_the_second_time_reads_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That iptables prints our rules as we write them; if another version did not, they would be replaced each time."""
+    firewall.ensure_bridge("br-1", subnets=SUBNETS)
+    commands: list[str] = []
+    original = subprocess.run
+
+    def spy(argv: tuple[str, ...], **kwargs: Any) -> Any:
+        commands.append(argv[0])
+        return original(argv, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    firewall.ensure_bridge("br-1", subnets=SUBNETS)
+    assert commands == ["iptables-save", "ip6tables-save"]
 
 
 @both_programs

@@ -35,14 +35,14 @@ def test_a_bridge_before_the_engine_ever_started() -> None:
         "*filter",
         "-N DOCKER-USER",
         "-N NETPLUGIN",
-        ":NETPLUGIN-br-1 - [0:0]",
         f"-I FORWARD 1 {TO_USERS}",
         f"-I DOCKER-USER 1 {TO_OURS}",
+        ":NETPLUGIN-br-1 - [0:0]",
         f"-A NETPLUGIN-br-1 -i br-1 {NOTE} -j ACCEPT",
         f"-A NETPLUGIN-br-1 -m conntrack --ctstate RELATED,ESTABLISHED {NOTE} -j ACCEPT",
-        f"-A NETPLUGIN -i br-1 {NOTE} -j ACCEPT",
         f"-A NETPLUGIN-br-1 {NOTE} -j DROP",
         f"-I NETPLUGIN 1 -o br-1 {NOTE} -j NETPLUGIN-br-1",
+        f"-A NETPLUGIN -i br-1 {NOTE} -j ACCEPT",
         "COMMIT",
         "*nat",
         f"-A POSTROUTING -s 10.9.0.0/24 ! -o br-1 {NOTE} -j MASQUERADE",
@@ -57,11 +57,24 @@ def test_an_internal_bridge_beside_an_engine() -> None:
         "*filter",
         ":NETPLUGIN-br-1 - [0:0]",
         f"-A NETPLUGIN-br-1 -i br-1 {NOTE} -j ACCEPT",
-        f"-I NETPLUGIN 1 -i br-1 ! -o br-1 {NOTE} -j DROP",
         f"-A NETPLUGIN-br-1 {NOTE} -j DROP",
+        f"-I NETPLUGIN 1 -i br-1 ! -o br-1 {NOTE} -j DROP",
         f"-I NETPLUGIN 1 -o br-1 {NOTE} -j NETPLUGIN-br-1",
         "COMMIT",
     ]
+
+
+def test_what_is_so_already_is_not_touched() -> None:
+    before = saved(
+        "-A FORWARD -j DOCKER-USER",
+        f"-A DOCKER-USER {TO_OURS}",
+        f"-A NETPLUGIN -o br-1 {NOTE} -j NETPLUGIN-br-1",
+        f"-A NETPLUGIN -i br-1 ! -o br-1 {NOTE} -j DROP",
+        f"-A NETPLUGIN-br-1 -i br-1 {NOTE} -j ACCEPT",
+        f"-A NETPLUGIN-br-1 {NOTE} -j DROP",
+        chains=("DOCKER-USER", "NETPLUGIN", "NETPLUGIN-br-1"),
+    )
+    assert firewall._with_bridge(before, bridge="br-1", sources=[], internal=True) == ""
 
 
 def test_the_null_ipam_drivers_pool_is_no_subnet_to_masquerade() -> None:
