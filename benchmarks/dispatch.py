@@ -61,7 +61,7 @@ class Bare(NetworkDriver):
     def delete_endpoint(self, network: Network, endpoint: Endpoint) -> None:
         pass
 
-    def join(self, network: Network, endpoint: Endpoint, sandbox: Sandbox) -> Join:  # noqa: ARG002
+    def join(self, network: Network, endpoint: Endpoint, sandbox: Sandbox) -> Join:
         return Join(endpoint.interface_name("ve"), gateways=network.gateways)
 
     def leave(self, network: Network, endpoint: Endpoint) -> None:

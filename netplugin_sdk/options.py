@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import msgspec
+from typing_extensions import dataclass_transform
 
 from netplugin_sdk.errors import InvalidOption
 
@@ -23,6 +24,7 @@ _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`")
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of ``docker network create -o KEY=VALUE`` that a driver knows, one field each.
 

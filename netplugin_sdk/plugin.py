@@ -75,8 +75,8 @@ class Plugin:
         try:
             kind, handler = self._routes[path]
         except KeyError:
-            # The engine reads 404 as "method not supported".
-            return refusal(404, f"{method} is not supported by this plugin", call)
+            # A 404 tells the engine "method not supported".
+            return Answer(404, _text(f"{method} is not supported by this plugin"), {**call, "status": 404})
         try:
             try:
                 request: Any = messages.decode(kind, body)
@@ -145,7 +145,9 @@ def _kind(driver: object) -> str:
 
 def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answer:
     """The answer that says why there is no other."""
+    return Answer(status, _text(text), {**(call or {}), "status": status, "error": text})
+
+
+def _text(text: str) -> bytes:
     # A non-200 answer is read from `Err` for both kinds of driver; `Error` is where an IpamDriver's 200 has it.
-    return Answer(
-        status, messages.encode({"Err": text, "Error": text}), {**(call or {}), "status": status, "error": text}
-    )
+    return messages.encode({"Err": text, "Error": text})

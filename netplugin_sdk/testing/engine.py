@@ -1,7 +1,7 @@
 """A private Docker Engine: a real one, of a chosen version, that leaves nothing of the host changed.
 
     with PrivateEngine("26.1") as engine:
-        with engine.start_plugin("l2", [sys.executable, "l2.py"]):
+        with engine.start_plugin("l2", [sys.executable, "/where/it/is/l2.py"]):
             engine.docker("network", "create", "--driver", "l2", "mynet")
 
 The engine comes from Debian, as a root file system that is built once with debootstrap and kept. It runs in network,
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -178,19 +178,24 @@ def root_file_system(version: str) -> Path:
 # ----------------------------------------------------------------------------------------------------------- engine
 
 
-class Plugin:
-    """A plugin process that runs beside the engine; stop it, or leave its context."""
+class Process:
+    """A program that runs beside the engine; a context manager that stops it."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, starter: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
         self.log = log
         """The file with what it printed."""
-        self._process = process
+        self._starter = starter  # nsenter, which waits for it and ends as it ends
 
     @property
     def pid(self) -> int:
-        """Its process id, as this process sees it."""
-        return _child_of(self._process.pid)
+        """Its process id, as this process sees it. Raises `EngineError` if it has ended."""
+        return _child_of(self._starter.pid)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._starter.poll() is None
 
     def stop(self) -> int:
         """End it with SIGTERM and return its exit status. Raises `EngineError` if it takes over 20 s."""
@@ -201,22 +206,21 @@ class Plugin:
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> int:
-        if self._process.poll() is None:
+        with contextlib.suppress(EngineError, ProcessLookupError):  # it has ended by itself
             os.kill(self.pid, number)
         try:
-            return self._process.wait(20)
+            return self._starter.wait(20)
         except subprocess.TimeoutExpired:
             os.kill(self.pid, signal.SIGKILL)
-            raise EngineError(f"plugin {self.name} did not stop; its log:\n{self.log.read_text()}") from None
+            raise EngineError(f"{self.name} did not stop; its log:\n{self.log.read_text()}") from None
 
-    def __enter__(self) -> Plugin:
+    def __enter__(self) -> Process:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.poll() is None:
-            self.stop()
+        self.stop()
 
 
 class PrivateEngine:
@@ -279,38 +283,27 @@ class PrivateEngine:
         """Run a program of the host on the outside host."""
         return self._run([*self._prefix(), "nsenter", "--net=/run/netns/outside", *command], timeout)
 
-    def spawn(
-        self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, outside: bool = False
-    ) -> subprocess.Popen[bytes]:
-        """Start a program of the host in the engine's network namespace, or `outside`; its output goes to `log`."""
+    def spawn(self, name: str, command: Sequence[str], *, outside: bool = False) -> Process:
+        """Start a program of the host in the engine's network namespace, or `outside`; its log is ``NAME.log``."""
+        log = self.folder / f"{name}.log"
         prefix = [*self._prefix(), *(["nsenter", "--net=/run/netns/outside"] if outside else [])]
         with log.open("ab") as output:
-            return subprocess.Popen(
-                [*prefix, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=None if env is None else {**os.environ, **env},
-            )
+            starter = subprocess.Popen([*prefix, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        return Process(name, starter, log)
 
-    def start_plugin(self, name: str, command: Sequence[str], timeout: float = 10) -> Plugin:
+    def start_plugin(self, name: str, command: Sequence[str], timeout: float = 10) -> Process:
         """Start a plugin that serves ``/run/docker/plugins/NAME.sock``, and wait until it listens.
 
         Raises:
             EngineError: it ended, or does not listen in time; the text has its log.
         """
-        log = self.folder / f"{name}.log"
-        plugin = Plugin(name, self.spawn(command, log), log)
-        try:
-            _wait_until(
-                lambda: _listens(self.plugin_folder / f"{name}.sock") or plugin._process.poll() is not None, timeout
-            )
-        except TimeoutError:
-            plugin.kill()
-            raise EngineError(f"plugin {name} does not listen after {timeout} s; its log:\n{log.read_text()}") from None
-        if plugin._process.poll() is not None:
-            raise EngineError(f"plugin {name} ended; its log:\n{log.read_text()}")
-        return plugin
+        plugin = self.spawn(name, command)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not plugin.running or _listens(self.plugin_folder / f"{name}.sock"), timeout)
+            if plugin.running:
+                return plugin
+        plugin.kill()
+        raise EngineError(f"plugin {name} does not listen; its log:\n{plugin.log.read_text()}")
 
     @property
     def plugin_folder(self) -> Path:
@@ -336,7 +329,7 @@ class PrivateEngine:
             return self._daemon.poll() is not None or self.run_docker("version", timeout=10).returncode == 0
 
         with contextlib.suppress(TimeoutError):
-            _wait_until(answers, 40, every=0.2)
+            wait_until(answers, 40, every=0.2)
             if self._daemon.poll() is None:
                 return
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
@@ -431,13 +424,6 @@ class PrivateEngine:
             return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-@contextlib.contextmanager
-def engines(*versions: str) -> Iterator[list[PrivateEngine]]:
-    """Several private engines side by side."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(PrivateEngine(version)) for version in versions]
-
-
 def _child_of(pid: int) -> int:
     """The one child of a process, which nsenter and unshare start for the new PID namespace."""
     try:
@@ -458,7 +444,8 @@ def _listens(path: Path) -> bool:
         return True
 
 
-def _wait_until(condition: Callable[[], bool], timeout: float, every: float = 0.02) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float, every: float = 0.02) -> None:
+    """Wait until it holds; raise TimeoutError if it does not within `timeout` seconds."""
     until = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > until:

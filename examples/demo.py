@@ -1,0 +1,195 @@
+"""What `make demo` runs: a real Docker Engine uses myplugin, command by command, with what each prints.
+
+    python examples/demo.py [--engine 26.1|20.10|host]
+
+With a version, a private engine of that version is started in namespaces of its own and ended again; nothing of this
+machine is changed. With `host`, the Docker of this machine is used: the plugin runs here, and what was made is removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from netplugin_sdk.testing.engine import (
+    OUTSIDE_ADDRESS,
+    VERSIONS,
+    EngineError,
+    EngineUnavailable,
+    PrivateEngine,
+    wait_until,
+)
+
+PLUGIN = [sys.executable, "-m", "myplugin"]
+PORT = "4000"
+# The outside host tells each caller which address it sees.
+OUTSIDE_SERVER = f"""
+import socketserver
+class Tell(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"hello from outside; I see you as " + self.client_address[0].encode() + b"\\n")
+socketserver.ThreadingTCPServer(("{OUTSIDE_ADDRESS}", {PORT}), Tell).serve_forever()
+"""
+
+BOLD, DIM, RESET = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+
+
+class Stopped(Exception):
+    """A step of the demo did not work."""
+
+
+def say(text: str) -> None:
+    """Explain the next step."""
+    print(f"\n{DIM}# {text}{RESET}", flush=True)
+
+
+class Shell:
+    """Shows a command as a user would type it, runs it, and shows what it prints."""
+
+    def __init__(self, run: Callable[[list[str]], subprocess.CompletedProcess[str]]) -> None:
+        self._run = run
+
+    def __call__(self, command: str) -> str:
+        """Run the command; raise `Stopped` if it fails."""
+        print(f"{BOLD}$ {command}{RESET}", flush=True)
+        done = self._run(shlex.split(command))
+        print(done.stdout, end="", flush=True)
+        if done.returncode != 0:
+            raise Stopped(f"`{command}` failed: {done.stderr.strip() or f'status {done.returncode}'}")
+        return done.stdout
+
+
+def demonstrate(shell: Shell, name: str, outbound: Callable[[], None]) -> None:
+    """The steps; `name` begins the name of all that they make."""
+    network, web, client = f"{name}mynet", f"{name}web", f"{name}client"
+    say("The plugin runs. Docker finds it by its socket:")
+    shell("ls -l /run/docker/plugins")
+    say("A network of it is a Linux bridge with the gateway's address:")
+    shell(f"docker network create --driver myplugin {network}")
+    shell("docker network ls")
+    say("Two containers on it:")
+    shell(f"docker run --detach --name {web} --network {network} busybox sleep 600")
+    shell(f"docker run --detach --name {client} --network {network} busybox sleep 600")
+    shell(f"docker network inspect {network}")
+    say("They reach each other by name:")
+    shell(f"docker exec {client} ping -c 3 {web}")
+    outbound()
+    say("Clean up:")
+    shell(f"docker rm --force {web} {client}")
+    shell(f"docker network rm {network}")
+
+
+def on_private_engine(version: str) -> None:
+    """The demo on a private engine."""
+    say(f"Starting a private Docker Engine {version} …")
+    started = time.monotonic()
+    with PrivateEngine(version) as engine, engine.start_plugin("myplugin", PLUGIN) as plugin:
+        print(f"ready after {time.monotonic() - started:.1f} s")
+
+        def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+            return engine.run_docker(*command[1:]) if command[0] == "docker" else engine.run(command)
+
+        shell = Shell(run)
+
+        def outbound() -> None:
+            say(f"They reach the outside; {OUTSIDE_ADDRESS} has no route to them and sees the host's address:")
+            with engine.spawn("outside", [sys.executable, "-c", OUTSIDE_SERVER], outside=True):
+                listening = ["ss", "-Hltn", f"sport = :{PORT}"]
+                wait_until(lambda: engine.run_outside(listening).stdout != "", 10)
+                shell(f"docker exec client nc {OUTSIDE_ADDRESS} {PORT}")
+
+        demonstrate(shell, "", outbound)
+        say("Nothing is left of them on the host:")
+        shell("ip -brief link")
+        plugin.stop()
+        say("What the plugin logged:")
+        print(plugin.log.read_text(), end="")
+
+
+def on_host() -> None:
+    """The demo on the Docker of this machine."""
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if os.geteuid() != 0:
+        raise Stopped("the plugin needs root: run this as root")
+    try:
+        reachable = run(["docker", "version"])
+    except FileNotFoundError:
+        raise Stopped("there is no `docker` command here") from None
+    if reachable.returncode != 0:
+        raise Stopped(f"this machine's Docker cannot be reached: {reachable.stderr.strip()}")
+    shell = Shell(run)
+
+    def outbound() -> None:
+        say("They reach the host, here by the address it has on Docker's own default bridge:")
+        gateway = run(["docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}"])
+        shell(f"docker exec netplugin-demo-client ping -c 2 {gateway.stdout.strip()}")
+
+    with host_plugin(), removed_afterwards(run):
+        demonstrate(shell, "netplugin-demo-", outbound)
+
+
+@contextlib.contextmanager
+def host_plugin() -> Iterator[None]:
+    """myplugin on this machine."""
+    with (
+        tempfile.NamedTemporaryFile(prefix="myplugin-", suffix=".log") as log,
+        subprocess.Popen(PLUGIN, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            wait_until(lambda: Path("/run/docker/plugins/myplugin.sock").exists() or process.poll() is not None, 10)
+            if process.poll() is not None:
+                raise Stopped(Path(log.name).read_text().strip())
+            yield
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(20)
+                say("What the plugin logged:")
+                print(Path(log.name).read_text(), end="")
+
+
+@contextlib.contextmanager
+def removed_afterwards(run: Callable[[list[str]], subprocess.CompletedProcess[str]]) -> Iterator[None]:
+    """Whatever happens, the demo's containers and network go."""
+    try:
+        yield
+    finally:
+        run(["docker", "rm", "--force", "netplugin-demo-web", "netplugin-demo-client"])
+        run(["docker", "network", "rm", "netplugin-demo-mynet"])
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="26.1", choices=[*VERSIONS, "host"], help="which Docker (default: 26.1)")
+    engine = parser.parse_args().engine
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        if engine == "host":
+            on_host()
+        else:
+            on_private_engine(engine)
+    except (Stopped, EngineError, EngineUnavailable, TimeoutError) as error:
+        print(f"\nThe demo stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; everything is removed again.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"\n{BOLD}Done.{RESET} Your own driver: see README.md.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
