@@ -1,7 +1,7 @@
 """Listen, serve, drain, stop: a small threaded HTTP/1.1 server for the engine's calls.
 
-A thread per connection, keep-alive, llhttp (httptools) for the parsing, limits on size and time. The engine keeps two
-idle connections and opens short-lived ones under load; a listen backlog that is full costs it a second of sleep.
+Keep-alive, llhttp (httptools) for the parsing, limits on size and time. The engine keeps two idle connections and
+opens short-lived ones under load; a listen backlog that is full costs it a second of sleep.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import grp
 import http
 import ipaddress
 import logging
+import math
 import os
 import pwd
 import re
-import selectors
+import select
 import signal
 import socket
 import stat
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import httptools
@@ -52,6 +54,7 @@ _log = logging.getLogger("netplugin_sdk")
 
 _BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 _CHUNK = 64 * 1024
+_PATIENCE = 0.002  # seconds that one call may hold up others; a change of threads costs a twentieth
 _FIRST_SYSTEMD_FD = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -183,32 +186,49 @@ class _RequestReader:
 
 
 class _Connection:
-    """One client, served by one thread until it goes, misbehaves or the server stops."""
+    """One client. Whoever leads the server's loop calls `receive` when something has arrived."""
 
     def __init__(self, client: socket.socket, server: Server, tls: ssl.SSLContext | None) -> None:
-        self._socket = client
+        limits = server.limits
+        client.setblocking(False)
         self._server = server
-        self._tls = tls
+        self._socket = client
+        self._not_yet: tuple[type[OSError], ...] = (BlockingIOError,)
+        self._reader = _RequestReader(limits, lambda: self._send(b"HTTP/1.1 100 Continue\r\n\r\n"))
+        self._lingers = False  # only waits for the client to read why it was refused
+        self._overdue = False
+        self.deadline = time.monotonic() + limits.idle_time
+        """Until when it must have said more; infinite while a call runs."""
+        if tls is not None:
+            import ssl  # noqa: PLC0415  # 10 ms that only TLS needs
 
-    def run(self) -> None:
-        """Serve the client; the body of the thread."""
+            # The handshake is a part of the first reads.
+            self._socket = tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+            self._not_yet = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+            self.deadline = time.monotonic() + limits.request_time
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._socket.fileno()
+
+    def receive(self) -> bool:
+        """Read once and answer every request that is complete; False when the connection is over."""
         try:
-            if self._tls is None:
-                # The kernel's timeouts, since Python's own cost a poll(2) and a turn of the GIL for each call.
-                self._socket.settimeout(None)
-                self._set_timeout(socket.SO_SNDTIMEO, self._server.limits.request_time)
-            else:
-                self._socket.settimeout(self._server.limits.request_time)
-                secured = self._tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
-                self._socket = secured
-                secured.do_handshake()
-            self._serve()
+            return self._receive()
         except OSError as error:  # the client went away, or TLS failed
             _log.debug("connection ended: %s", error)
         except Exception:
             _log.exception("connection ended by a bug")
-        finally:
-            self._socket.close()
+        return False
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+    def expire(self) -> None:
+        """Its deadline is over: make `receive` be called, which ends it."""
+        self._overdue = True
+        self.stop_reading()
 
     def stop_reading(self) -> None:
         """Let the client send nothing more. What was received is still answered."""
@@ -221,62 +241,63 @@ class _Connection:
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def _serve(self) -> None:
-        limits = self._server.limits
-        reader = _RequestReader(limits, lambda: self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n"))
-        deadline: float | None = None  # of the request that is under way
-        self._set_timeout(socket.SO_RCVTIMEO, limits.idle_time)
-        while True:
-            try:
-                data = self._socket.recv(_CHUNK)
-            except (TimeoutError, BlockingIOError):
-                if deadline is not None:
-                    self._refuse(_Refused(408, "the request took too long to arrive"))
-                return
-            if not data:
-                return
-            for call in reader.feed(data):
-                answer = self._answer(call)
-                self._send(answer, call.keep_alive and not self._server.stopping)
-                self._server.plugin.log(answer)
-                if not call.keep_alive:
-                    return
-            if reader.refused is not None:
-                self._refuse(reader.refused)
-                return
-            if reader.midway:
-                deadline = deadline or time.monotonic() + limits.request_time
-                self._set_timeout(socket.SO_RCVTIMEO, deadline - time.monotonic())
-            elif deadline is not None:
-                deadline = None
-                self._set_timeout(socket.SO_RCVTIMEO, limits.idle_time)
+    def _receive(self) -> bool:
+        try:
+            # A TLS record is smaller than this, so that none of it waits where epoll does not see it.
+            data = self._socket.recv(_CHUNK)
+        except self._not_yet:
+            return not self._overdue
+        if self._lingers or not (data or self._overdue):
+            return bool(data) and not self._overdue
+        reader, limits = self._reader, self._server.limits
+        began = reader.midway
+        for call in reader.feed(data) if data else ():
+            self.deadline = math.inf
+            answer = self._answer(call)
+            keep_alive = call.keep_alive and not self._server.stopping
+            self._send(_head(answer, keep_alive) + answer.body)
+            self._server.plugin.log(answer)
+            if not keep_alive:
+                return False
+            began = False
+        if reader.refused is not None:
+            return self._refuse(reader.refused)
+        if self._overdue:
+            return reader.midway and self._refuse(_Refused(408, "the request took too long to arrive"))
+        if not reader.midway:
+            self.deadline = time.monotonic() + limits.idle_time
+        elif not began:
+            self.deadline = time.monotonic() + limits.request_time
+        return True
 
     def _answer(self, call: _Call) -> Answer:
         if call.method != b"POST":
             return refusal(405, f"{call.method.decode('latin-1')} is not POST")
-        return self._server.plugin.handle(call.target.partition(b"?")[0].decode("latin-1"), call.body)
+        path = call.target.partition(b"?")[0].decode("latin-1")
+        self._server.expect(self, path)
+        answer = self._server.plugin.handle(path, call.body)
+        self._server.learn(path, answer)
+        return answer
 
-    def _send(self, answer: Answer, keep_alive: bool) -> None:
-        self._socket.sendall(_head(answer, keep_alive) + answer.body)
+    def _send(self, data: bytes) -> None:
+        try:
+            sent = self._socket.send(data)
+        except self._not_yet:
+            sent = 0
+        if sent < len(data):  # a client that does not read; it holds up this thread, and the watch sees that
+            self._socket.settimeout(self._server.limits.request_time)
+            self._socket.sendall(data[sent:])
+            self._socket.setblocking(False)
 
-    def _refuse(self, refused: _Refused) -> None:
+    def _refuse(self, refused: _Refused) -> bool:
         _log.warning("refused a request: %s", refused)
-        self._send(refusal(refused.status, str(refused)), keep_alive=False)
+        answer = refusal(refused.status, str(refused))
+        self._send(_head(answer, keep_alive=False) + answer.body)
         # Closing with bytes unread would reset the connection, and the client might not see the answer.
         socket.socket.shutdown(self._socket, socket.SHUT_WR)
-        until = time.monotonic() + 2.0
-        self._set_timeout(socket.SO_RCVTIMEO, 1.0)
-        with suppress(TimeoutError, BlockingIOError):
-            while time.monotonic() < until and socket.socket.recv(self._socket, _CHUNK):
-                pass
-
-    def _set_timeout(self, option: int, seconds: float) -> None:
-        seconds = max(0.001, seconds)
-        if self._tls is None:
-            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
-        else:
-            self._socket.settimeout(seconds)
+        self._lingers = True
+        self.deadline = time.monotonic() + self._server.limits.request_time
+        return True
 
 
 def _head(answer: Answer, keep_alive: bool) -> bytes:
@@ -296,20 +317,30 @@ class Server:
     """Serves a `Plugin` on the sockets that it is told to listen on, until `stop`.
 
     It is a context manager: leaving it closes the sockets and removes what `listen_unix` and `listen_tcp` made.
+
+    One thread leads: it waits for all sockets, reads, and answers. A call that takes long keeps its thread, and
+    another one leads on: at once if the method was slow before, else as soon as the watch (the thread in `run`)
+    notices. So fast calls cost no change of threads and no contention for the GIL, and slow ones hold nobody up.
     """
 
     def __init__(self, plugin: Plugin, limits: Limits | None = None) -> None:
         self.plugin = plugin
         self.limits = limits or Limits()
         self.stopping = False
-        self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = []
-        self._connections: set[_Connection] = set()
-        self._changed = threading.Condition()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_write.setblocking(False)
+        self._listeners: dict[int, tuple[socket.socket, ssl.SSLContext | None]] = {}
+        self._connections: dict[int, _Connection] = {}
         self._cleanup = ExitStack()
-        self._cleanup.callback(self._wake_read.close)
-        self._cleanup.callback(self._wake_write.close)
+        self._lock = threading.Lock()  # of the fields below and of what epoll is told
+        self._epoll = select.epoll()
+        self._waker = os.eventfd(0)
+        self._epoll.register(self._waker, select.EPOLLIN)
+        self._accepting = False
+        self._leader: threading.Thread | None = None
+        self._served: _Connection | None = None  # by the leader, now
+        self._begun = 0  # how many times it began to serve one
+        self._slow: set[str] = set()
+        self._awake = True  # the watch looks by itself; else the bell wakes it
+        self._bell: SimpleQueue[None] = SimpleQueue()
 
     def listen_unix(
         self, path: Path, *, mode: int = 0o600, owner: int | str | None = None, group: int | str | None = None
@@ -407,33 +438,76 @@ class Server:
 
     def _add(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         listener.setblocking(False)
-        self._listeners.append((listener, tls))
-        self._cleanup.callback(listener.close)
+        self._listeners[listener.fileno()] = (listener, tls)
 
     def run(self) -> None:
         """Serve until `stop` is called; then answer the calls that run, for `Limits.drain_time` at most."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_read, selectors.EVENT_READ)
-            for listener, tls in self._listeners:
-                selector.register(listener, selectors.EVENT_READ, tls)
-            while not self.stopping:
-                for key, _ in selector.select():
-                    if isinstance(key.fileobj, socket.socket) and key.fileobj is not self._wake_read:
-                        self._accept(key.fileobj, key.data)
-        self._cleanup.close()
+        with self._lock:
+            self._accept_more(True)
+            self._lead_anew()
+        self._watch(lambda: self.stopping)
+        with self._lock:
+            self._accept_more(False)
+        self._withdraw()
         self._drain()
 
     def stop(self) -> None:
         """Make `run` stop. May be called from any thread and from a signal handler."""
         self.stopping = True
-        with suppress(OSError):  # full: it wakes up anyway; closed: it has stopped
-            self._wake_write.send(b"\0")
+        self._bell.put(None)
+
+    # ------------------------------------------------------------------------------------------------- leading
+
+    def _lead_anew(self) -> None:
+        leader, before = threading.Thread(target=self._lead, name="server", daemon=True), self._leader
+        self._leader, self._served = leader, None
+        try:
+            leader.start()
+        except RuntimeError:  # the process has its limit of threads
+            self._leader = before
+            raise
+
+    def _lead(self) -> None:
+        """Serve whoever has something to say, until another thread leads."""
+        me = threading.current_thread()
+        while self._leader is me:
+            for fd, _ in self._epoll.poll():
+                connection = self._connections.get(fd)
+                if connection is not None:
+                    self._serve(connection, me)
+                elif (listening := self._listeners.get(fd)) is not None:
+                    self._accept(*listening)
+                if self._leader is not me:
+                    return  # what is left of the events comes again to the next leader
+
+    def _serve(self, connection: _Connection, me: threading.Thread) -> None:
+        self._served = connection
+        self._begun += 1
+        if not self._awake:
+            self._awake = True
+            self._bell.put(None)
+        goes_on = connection.receive()
+        with self._lock:
+            leads = self._leader is me
+            if leads:
+                self._served = None
+            if not goes_on:
+                self._end(connection, registered=leads)
+            elif not leads:
+                self._epoll.register(connection, select.EPOLLIN)
+
+    def _end(self, connection: _Connection, *, registered: bool) -> None:
+        fd = connection.fileno()
+        if registered:
+            self._epoll.unregister(fd)  # not left to close(2): a program being started may hold the socket too
+        del self._connections[fd]
+        connection.close()
+        if self.stopping:
+            self._bell.put(None)
+        elif not self._accepting:
+            self._accept_more(True)
 
     def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-        with self._changed:
-            # A full house: the backlog holds the others until somebody leaves.
-            while len(self._connections) >= self.limits.connections and not self.stopping:
-                self._changed.wait(0.5)
         try:
             client, _ = listener.accept()
         except OSError as error:
@@ -442,41 +516,113 @@ class Server:
                 time.sleep(0.1)
             return  # else: gone already
         connection = _Connection(client, self, tls)
-        with self._changed:
-            self._connections.add(connection)
-        thread = threading.Thread(target=self._run_connection, args=(connection,), name="connection", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # the process has its limit of threads
-            _log.error("cannot serve a connection: %s", error)
-            client.close()
-            self._connections.discard(connection)
+        with self._lock:
+            self._connections[connection.fileno()] = connection
+            self._epoll.register(connection, select.EPOLLIN)
+            if self.stopping:
+                connection.stop_reading()
+            elif len(self._connections) >= self.limits.connections:
+                self._accept_more(False)  # the backlog holds the others until somebody leaves
 
-    def _run_connection(self, connection: _Connection) -> None:
-        try:
-            connection.run()
-        finally:
-            with self._changed:
-                self._connections.discard(connection)
-                self._changed.notify_all()
+    def _accept_more(self, accepting: bool) -> None:
+        if accepting is not self._accepting:
+            self._accepting = accepting
+            for fd in self._listeners:
+                if accepting:
+                    self._epoll.register(fd, select.EPOLLIN)
+                else:
+                    self._epoll.unregister(fd)
+
+    # ------------------------------------------------------------------------------------------ letting another lead
+
+    def expect(self, connection: _Connection, path: str) -> None:
+        """A call begins: where its method was slow before, another thread leads from now on."""
+        if path in self._slow:
+            self._hand_over(connection)
+
+    def learn(self, path: str, answer: Answer) -> None:
+        """A call has ended: was its method slow?"""
+        if answer.call.get("ms", 0.0) > _PATIENCE * 1000:
+            self._slow.add(path)
+        else:
+            self._slow.discard(path)
+
+    def _hand_over(self, connection: _Connection) -> None:
+        with self._lock:
+            if self._served is not connection:
+                return  # it is served by a thread that leads no more
+            self._epoll.unregister(connection)
+            try:
+                self._lead_anew()
+            except RuntimeError as error:
+                self._served = connection
+                self._epoll.register(connection, select.EPOLLIN)
+                _log.error("calls wait for each other: %s", error)
+
+    def _watch(self, done: Callable[[], bool], until: float = math.inf) -> None:
+        """Until it is done: let another thread lead when a call holds up the leader, and end what is overdue."""
+        seen, look = -1, 0.0
+        while not done() and (now := time.monotonic()) < until:
+            if now >= look:
+                look = self._end_overdue(now)
+            connection, begun = self._served, self._begun
+            if connection is None and begun == seen:
+                self._awake = False
+                if self._begun == begun:
+                    self._wait_for_bell(min(look, until) - now)
+                self._awake = True
+            else:
+                self._wait_for_bell(_PATIENCE)
+                if connection is not None and self._served is connection and self._begun == begun:
+                    self._hand_over(connection)
+            seen = begun
+
+    def _wait_for_bell(self, seconds: float) -> None:
+        with suppress(Empty):
+            self._bell.get(timeout=max(0.0, seconds))
+
+    def _end_overdue(self, now: float) -> float:
+        """When to look again: no deadline set from now on is earlier."""
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            if connection.deadline <= now:
+                connection.expire()
+        soonest = min((c.deadline for c in connections if c.deadline > now), default=math.inf)
+        return min(soonest, now + self.limits.request_time, now + self.limits.idle_time)
 
     def _drain(self) -> None:
         until = time.monotonic() + self.limits.drain_time
-        with self._changed:
-            for connection in self._connections:
+        with self._lock:
+            for connection in self._connections.values():
                 connection.stop_reading()
-            self._changed.wait_for(lambda: not self._connections, self.limits.drain_time)
-            if self._connections:
-                _log.error("stopped with %d calls still running", len(self._connections))
-                for connection in self._connections:
-                    connection.abort()
-                self._changed.wait_for(lambda: not self._connections, max(0.5, until - time.monotonic()))
+        self._watch(lambda: not self._connections, until)
+        with self._lock:
+            left = list(self._connections.values())
+            for connection in left:
+                connection.abort()
+        if left:
+            _log.error("stopped with %d calls still running", len(left))
+            self._watch(lambda: not self._connections, time.monotonic() + 0.5)
+        leader, self._leader = self._leader, None
+        os.eventfd_write(self._waker, 1)
+        if leader is not None:
+            leader.join(0.5)  # it may be in one of the calls that are left
+
+    def _withdraw(self) -> None:
+        """Listen no more, and remove what says that we do."""
+        self._cleanup.close()
+        for listener, _ in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._cleanup.close()
+        self._withdraw()
+        self._epoll.close()
+        os.close(self._waker)
 
 
 @contextmanager
