@@ -30,6 +30,7 @@ from netplugin_sdk.testing.engine import (
 )
 
 PLUGIN = [sys.executable, "-m", "myplugin"]
+PREFIX = "netplugin-demo-"  # of what is made in a Docker that is not ours
 PORT = "4000"
 # The outside host tells each caller which address it sees.
 OUTSIDE_SERVER = f"""
@@ -132,12 +133,14 @@ def on_host() -> None:
     shell = Shell(run)
 
     def outbound() -> None:
-        say("They reach the host, here by the address it has on Docker's own default bridge:")
-        gateway = run(["docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}"])
-        shell(f"docker exec netplugin-demo-client ping -c 2 {gateway.stdout.strip()}")
+        say("They reach the host, here by their network's gateway:")
+        gateway = run(
+            ["docker", "network", "inspect", f"{PREFIX}mynet", "--format", "{{(index .IPAM.Config 0).Gateway}}"]
+        )
+        shell(f"docker exec {PREFIX}client ping -c 2 {gateway.stdout.strip()}")
 
     with host_plugin(), removed_afterwards(run):
-        demonstrate(shell, "netplugin-demo-", outbound)
+        demonstrate(shell, PREFIX, outbound)
 
 
 @contextlib.contextmanager
@@ -166,8 +169,8 @@ def removed_afterwards(run: Callable[[list[str]], subprocess.CompletedProcess[st
     try:
         yield
     finally:
-        run(["docker", "rm", "--force", "netplugin-demo-web", "netplugin-demo-client"])
-        run(["docker", "network", "rm", "netplugin-demo-mynet"])
+        run(["docker", "rm", "--force", f"{PREFIX}web", f"{PREFIX}client"])
+        run(["docker", "network", "rm", f"{PREFIX}mynet"])
 
 
 def main() -> int:

@@ -1,0 +1,73 @@
+"""Real Docker Engines. One of each version is started for all tests; each test leaves it as it found it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from netplugin_sdk.testing.engine import VERSIONS, EngineUnavailable, PrivateEngine, Process, require
+
+MYPLUGIN = (sys.executable, "-m", "myplugin")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in ("engine", "version"):
+        if name in metafunc.fixturenames:
+            versions = metafunc.config.getoption("engine") or list(VERSIONS)
+            metafunc.parametrize(name, versions, indirect=True, scope="session")
+            return
+
+
+@pytest.fixture(scope="session")
+def version(request: pytest.FixtureRequest) -> str:
+    """The version of an engine that can be had here."""
+    try:
+        require(request.param)
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> Iterator[PrivateEngine]:
+    """A running engine."""
+    try:
+        engine = PrivateEngine(request.param)
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+    with engine:
+        yield engine
+
+
+@pytest.fixture
+def myplugin(engine: PrivateEngine) -> Iterator[Process]:
+    """The engine with myplugin beside it; afterwards nothing is left of the containers, networks and rules."""
+    before = state_of(engine)
+    plugin = engine.start_plugin("myplugin", MYPLUGIN)
+    yield plugin
+    with plugin if plugin.running else engine.start_plugin("myplugin", MYPLUGIN):
+        remove_all(engine)
+    assert state_of(engine) == before, "the test or the plugin left something behind"
+
+
+def remove_all(engine: PrivateEngine) -> None:
+    """Remove all containers and networks."""
+    if containers := engine.docker("ps", "--all", "--quiet").split():
+        engine.docker("rm", "--force", *containers)
+    engine.docker("network", "prune", "--force")
+
+
+def state_of(engine: PrivateEngine) -> str:
+    """Interfaces, and rules and chains of the firewall, on the engine's host."""
+
+    def lines(*command: str) -> list[str]:
+        done = engine.run(command)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    links = sorted(line.split()[0] for line in lines("ip", "-brief", "link"))
+    saved = [*lines("iptables-save"), *lines("ip6tables-save")]
+    # Not the built-in chains: reading a table already makes them.
+    return "\n".join((*links, *(line for line in saved if line.startswith("-A ") or " - [" in line)))
