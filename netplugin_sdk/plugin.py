@@ -26,11 +26,15 @@ _calls = logging.getLogger("netplugin_sdk.calls")
 
 
 class Answer(NamedTuple):
-    """What goes back to the engine: an HTTP status and a JSON body; and what the log says of the call."""
+    """What goes back to the engine: an HTTP status and a JSON body; and what else the log says of the call.
+
+    `call` has ``method`` and, as far as they are known, ``network``, ``endpoint`` and ``ms``.
+    """
 
     status: int
     body: bytes
     call: dict[str, Any]
+    error: str | None = None
 
 
 class Plugin:
@@ -76,7 +80,7 @@ class Plugin:
             kind, handler = self._routes[path]
         except KeyError:
             # A 404 tells the engine "method not supported".
-            return Answer(404, _text(f"{method} is not supported by this plugin"), {**call, "status": 404})
+            return Answer(404, _text(f"{method} is not supported by this plugin"), {"method": method[:80]})
         try:
             try:
                 request: Any = messages.decode(kind, body)
@@ -98,10 +102,12 @@ class Plugin:
     @staticmethod
     def log(answer: Answer) -> None:
         """Log the call that was answered, as one line."""
-        call = answer.call
         # A 404 is an optional method that the driver does not have.
         level = logging.INFO if answer.status in (200, 404) else logging.WARNING
         if _calls.isEnabledFor(level):
+            call = {**answer.call, "status": answer.status}
+            if answer.error is not None:
+                call["error"] = answer.error
             _calls.log(level, " ".join([f"{name}={value}" for name, value in call.items()]), extra={"call": call})
 
     def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
@@ -145,7 +151,7 @@ def _kind(driver: object) -> str:
 
 def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answer:
     """The answer that says why there is no other."""
-    return Answer(status, _text(text), {**(call or {}), "status": status, "error": text})
+    return Answer(status, _text(text), call or {}, text)
 
 
 def _text(text: str) -> bytes:
