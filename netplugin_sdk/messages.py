@@ -56,9 +56,9 @@ class _Reader:
         value = self._fields.get(name)
         if value is None:
             return None
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):  # in Python a bool is an int
+        if type(value) is not kind:  # not isinstance: in Python a bool is an int
             raise self.wrong(name, what, value)
-        return None if value == "" else value
+        return None if kind is str and not value else value
 
     def text(self, name: str) -> str:
         """A string; absent is empty."""

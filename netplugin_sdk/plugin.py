@@ -108,7 +108,11 @@ class Plugin:
             call = {**answer.call, "status": answer.status}
             if answer.error is not None:
                 call["error"] = answer.error
-            _calls.log(level, " ".join([f"{name}={value}" for name, value in call.items()]), extra={"call": call})
+            text = " ".join([f"{name}={value}" for name, value in call.items()])
+            # Made by hand, since Logger.log walks the stack for the line that called it.
+            record = logging.LogRecord(_calls.name, level, "", 0, text, (), None)
+            record.call = call
+            _calls.handle(record)
 
     def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
         return self._implements

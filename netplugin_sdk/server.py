@@ -55,6 +55,7 @@ _log = logging.getLogger("netplugin_sdk")
 _BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 _CHUNK = 64 * 1024
 _PATIENCE = 0.002  # seconds that one call may hold up others; a change of threads costs a twentieth
+_OFTEN = 3  # slow calls that make a method a slow one
 _FIRST_SYSTEMD_FD = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -338,7 +339,7 @@ class Server:
         self._leader: threading.Thread | None = None
         self._served: _Connection | None = None  # by the leader, now
         self._begun = 0  # how many times it began to serve one
-        self._slow: set[str] = set()
+        self._slow: dict[str, int] = {}  # method → how many more of its calls were slow than fast, lately
         self._awake = True  # the watch looks by itself; else the bell wakes it
         self._bell: SimpleQueue[None] = SimpleQueue()
 
@@ -537,15 +538,16 @@ class Server:
 
     def expect(self, connection: _Connection, path: str) -> None:
         """A call begins: where its method was slow before, another thread leads from now on."""
-        if path in self._slow:
+        if self._slow.get(path, 0) >= _OFTEN:
             self._hand_over(connection)
 
     def learn(self, path: str, answer: Answer) -> None:
-        """A call has ended: was its method slow?"""
-        if answer.call.get("ms", 0.0) > _PATIENCE * 1000:
-            self._slow.add(path)
-        else:
-            self._slow.discard(path)
+        """A call has ended: was its method slow? Once is not enough: the disk has its moments."""
+        seconds = answer.call.get("ms", 0.0) / 1000
+        if seconds > _PATIENCE:
+            self._slow[path] = min(self._slow.get(path, 0) + 1, 2 * _OFTEN)
+        elif path in self._slow:
+            self._slow[path] = max(self._slow[path] - 1, 0)
 
     def _hand_over(self, connection: _Connection) -> None:
         with self._lock:
@@ -796,8 +798,21 @@ def _configure_logging(form: Literal["text", "json"], level: str) -> None:
     if form == "json":
         handler.setFormatter(_JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _TextFormatter(logging.Formatter):
+    """The standard library's, but the time is put into words once a second and not for every line."""
+
+    _second = 0
+    _text = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002
+        second = int(record.created)
+        if second != self._second:  # the handler's lock is held
+            self._second, self._text = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return f"{self._text},{int(record.msecs):03d}"
 
 
 class _JsonFormatter(logging.Formatter):

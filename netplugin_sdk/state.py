@@ -45,12 +45,14 @@ Operation: TypeAlias = Literal[
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE networks (
-    id TEXT PRIMARY KEY,
+    key INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
     request BLOB NOT NULL,
     intent TEXT,
     data BLOB NOT NULL
 );
 CREATE TABLE endpoints (
+    key INTEGER PRIMARY KEY,
     network_id TEXT NOT NULL,
     id TEXT NOT NULL,
     request BLOB NOT NULL,
@@ -59,38 +61,32 @@ CREATE TABLE endpoints (
     join_request BLOB,
     join_answer BLOB,
     external_request BLOB,
-    data BLOB NOT NULL,
-    PRIMARY KEY (network_id, id)
+    data BLOB NOT NULL
 );
 """
 
 
-class NetworkRow(msgspec.Struct, frozen=True):
+class NetworkRow(msgspec.Struct):
     """A network on disk: requests and answers as they crossed the wire."""
 
     table: ClassVar[str] = "networks"
-    where: ClassVar[str] = "id = ?"
     # Networks outlive a power cut; endpoints end with the containers that it kills.
     synced: ClassVar[bool] = True
 
+    key: int | None  # SQLite gives it
     id: str
     request: bytes
     intent: Operation | None = None
     data: bytes = b"{}"
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The values of `where`."""
-        return (self.id,)
 
-
-class EndpointRow(msgspec.Struct, frozen=True):
+class EndpointRow(msgspec.Struct):
     """An endpoint on disk. It is joined while it has a `join_request`, external while an `external_request`."""
 
     table: ClassVar[str] = "endpoints"
-    where: ClassVar[str] = "network_id = ? AND id = ?"
     synced: ClassVar[bool] = False
 
+    key: int | None  # SQLite gives it
     network_id: str
     id: str
     request: bytes
@@ -100,11 +96,6 @@ class EndpointRow(msgspec.Struct, frozen=True):
     join_answer: bytes | None = None
     external_request: bytes | None = None
     data: bytes = b"{}"
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The values of `where`."""
-        return (self.network_id, self.id)
 
 
 RowT = TypeVar("RowT", NetworkRow, EndpointRow)
@@ -313,7 +304,10 @@ class Store(Generic[OptionsT]):
 
     def _prepare(self, file: str) -> None:
         db = self._db
+        db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # the folder is; so SQLite need not lock for every statement
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
         # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
         db.execute("PRAGMA synchronous = NORMAL")
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -337,11 +331,11 @@ class Store(Generic[OptionsT]):
 
     def new_network(self, request: messages.CreateNetwork, body: bytes) -> Network[OptionsT]:
         """A network that is neither saved nor listed yet. `body` is the request as it came."""
-        return Network(NetworkRow(request.network_id, body), request, self._options_type, self.save)
+        return Network(NetworkRow(None, request.network_id, body), request, self._options_type, self.save)
 
     def new_endpoint(self, request: messages.CreateEndpoint, body: bytes) -> Endpoint:
         """An endpoint that is neither saved nor listed yet. `body` is the request as it came."""
-        return Endpoint(EndpointRow(request.network_id, request.endpoint_id, body), request, self.save)
+        return Endpoint(EndpointRow(None, request.network_id, request.endpoint_id, body), request, self.save)
 
     def save(self, record: _Record[RowT], **changes: bytes | str | None) -> None:
         """Write the record down with these columns of its row changed, then show it so, and list it if it is new.
@@ -350,14 +344,13 @@ class Store(Generic[OptionsT]):
             Unavailable: it cannot be written; nothing has changed.
         """
         row: RowT = msgspec.structs.replace(record.row, **changes)
-        if self._listed(record):
+        if row.key is not None:
             columns = ", ".join([f"{column} = ?" for column in changes])
-            self._write(
-                row.synced, f"UPDATE {row.table} SET {columns} WHERE {row.where}", (*changes.values(), *row.key)
-            )
+            self._write(row.synced, f"UPDATE {row.table} SET {columns} WHERE key = ?", (*changes.values(), row.key))
         else:
             values = msgspec.structs.astuple(row)
-            self._write(row.synced, f"INSERT INTO {row.table} VALUES ({', '.join('?' * len(values))})", values)
+            places = ", ".join("?" * len(values))
+            row.key = self._write(row.synced, f"INSERT INTO {row.table} VALUES ({places})", values)
         record.row = row
         if isinstance(record, Network):
             self.networks[record.id] = record
@@ -366,25 +359,21 @@ class Store(Generic[OptionsT]):
 
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
-        self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE {record.row.where}", record.row.key)
+        self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
         if isinstance(record, Network):
             self.networks.pop(record.id, None)
         else:
             self.networks[record.network_id]._endpoints.pop(record.id, None)
 
-    def _listed(self, record: object) -> bool:
-        if isinstance(record, Endpoint):
-            return record.id in self.networks[record.network_id].endpoints
-        return isinstance(record, Network) and record.id in self.networks
-
-    def _write(self, synced: bool, statement: str, values: tuple[object, ...]) -> None:
+    def _write(self, synced: bool, statement: str, values: tuple[object, ...]) -> int | None:
+        """The key of a row that it inserted."""
         # One statement is one transaction. The lock keeps one thread's statement out of another's pragmas.
         with self._lock:
             try:
                 if synced:
                     self._db.execute("PRAGMA synchronous = FULL")
                 try:
-                    self._db.execute(statement, values)
+                    return self._db.execute(statement, values).lastrowid
                 finally:
                     if synced:
                         self._db.execute("PRAGMA synchronous = NORMAL")
