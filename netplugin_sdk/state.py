@@ -305,7 +305,6 @@ class Store(Generic[OptionsT]):
     def _prepare(self, file: str) -> None:
         db = self._db
         db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # the folder is; so SQLite need not lock for every statement
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
         # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
