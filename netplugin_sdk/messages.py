@@ -122,7 +122,10 @@ class _Reader:
 
 
 def _wrong(path: str, what: str, value: Any) -> InvalidRequest:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = "something nested too deeply"
     return InvalidRequest(f"{path} must be {what}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
 
 

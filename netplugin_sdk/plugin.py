@@ -74,13 +74,14 @@ class Plugin:
         `log` is for afterwards, when the answer is on its way.
         """
         started = time.perf_counter()
-        method = path[1:]
-        call: dict[str, Any] = {"method": method}
         try:
             kind, handler = self._routes[path]
         except KeyError:
             # A 404 tells the engine "method not supported".
-            return Answer(404, _text(f"{method} is not supported by this plugin"), {"method": method[:80]})
+            name = _printable(path[1:])
+            return Answer(404, _text(f"{name} is not supported by this plugin"), {"method": name})
+        method = path[1:]
+        call: dict[str, Any] = {"method": method}
         try:
             try:
                 request: Any = messages.decode(kind, body)
@@ -92,12 +93,18 @@ class Plugin:
                 call["endpoint"] = endpoint_id[:12]
             answer = Answer(200, handler(request, body), call)
         except DriverError as error:
-            answer = refusal(error.status, str(error) or type(error).__name__, call)
+            answer = refusal(error.status, _line(error) or type(error).__name__, call)
         except Exception as error:
             _log.exception("%s failed", method)
-            answer = refusal(500, " ".join(f"{type(error).__name__}: {error}".split()), call)
+            text = _line(error)
+            answer = refusal(500, f"{type(error).__name__}: {text}" if text else type(error).__name__, call)
         call["ms"] = round((time.perf_counter() - started) * 1000, 2)
         return answer
+
+    @staticmethod
+    def refuse_method(method: str, path: str) -> Answer:
+        """The answer to a GET and others: the engine only sends POST."""
+        return refusal(405, f"{_printable(method)} is not POST", {"method": _printable(path[1:])})
 
     @staticmethod
     def log(answer: Answer) -> None:
@@ -126,7 +133,7 @@ class Plugin:
         if request.method == "POST":
             answer = self.handle(request.path, request.get_data(cache=False))
         else:
-            answer = refusal(405, f"{request.method} is not POST")
+            answer = self.refuse_method(request.method, request.path)
         self.log(answer)
         response = Response(answer.body, answer.status, content_type=CONTENT_TYPE)
         return response(environ, start_response)
@@ -146,6 +153,8 @@ class Plugin:
 
 
 def _kind(driver: object) -> str:
+    if isinstance(driver, NetworkDriver) and isinstance(driver, IpamDriver):
+        raise TypeError(f"{driver!r} is both a NetworkDriver and an IpamDriver: make it two objects")
     if isinstance(driver, NetworkDriver):
         return "NetworkDriver"
     if isinstance(driver, IpamDriver):
@@ -156,6 +165,20 @@ def _kind(driver: object) -> str:
 def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answer:
     """The answer that says why there is no other."""
     return Answer(status, _text(text), call or {}, text)
+
+
+def _line(error: Exception) -> str:
+    """What an error says, as one line that can be encoded."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be had)"
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+
+
+def _printable(text: str) -> str:
+    """What a client sent, so that it can be shown in a line of the log."""
+    return text[:80] if text.isprintable() else ascii(text[:80])
 
 
 def _text(text: str) -> bytes:

@@ -122,8 +122,9 @@ class _RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         self._calls: list[_Call] = []
         self.refused: _Refused | None = None
-        self._size = 0  # of the unfinished request so far
+        self._fed = 0  # bytes of data that held some of the unfinished request
         self._in_head = True
+        self._head_size = self._body_size = 0
         self._target = b""
         self._body: list[bytes] = []
         self._wants_continue = False
@@ -131,18 +132,16 @@ class _RequestReader:
     @property
     def midway(self) -> bool:
         """Whether a request has begun and is not complete."""
-        return self._size > 0
+        return self._fed > 0
 
     def feed(self, data: bytes) -> list[_Call]:
         """The requests that `data` completes; look at `refused` after them."""
         self._calls = []
-        self._size += len(data)
+        self._fed += len(data)
         try:
             self._parser.feed_data(data)
-            if self._in_head and self._size > self._limits.head:
-                raise _Refused(431, f"the head of the request has more than {self._limits.head} bytes")
-            if self._size > self._limits.head + self._limits.body:
-                raise self._too_large()
+            if self._in_head:
+                self._check_head(self._fed)  # one endless line, or several
         except _Refused as refused:
             self.refused = refused
         except httptools.HttpParserUpgrade:
@@ -152,21 +151,31 @@ class _RequestReader:
             self.refused = raised if isinstance(raised, _Refused) else _Refused(400, f"not an HTTP request: {error}")
         return self._calls
 
-    def _too_large(self) -> _Refused:
-        return _Refused(413, f"the body of the request has more than {self._limits.body} bytes")
+    def _check_head(self, size: int) -> None:
+        if size > self._limits.head:
+            raise _Refused(431, f"the head of the request has more than {self._limits.head} bytes")
+
+    def _check_body(self, size: int) -> None:
+        if size > self._limits.body:
+            raise _Refused(413, f"the body of the request has more than {self._limits.body} bytes")
 
     def on_message_begin(self) -> None:
-        self._size = self._size or 1  # it may begin behind another in the same data
+        self._fed = self._fed or 1  # it may begin behind another in the same data
         self._target, self._body = b"", []
+        self._head_size = self._body_size = 0
         self._wants_continue = False
 
     def on_url(self, url: bytes) -> None:
         self._target += url
+        self._head_size += len(url)
+        self._check_head(self._head_size)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_size += len(name) + len(value) + len(b": \r\n")
+        self._check_head(self._head_size)
         name = name.lower()
-        if name == b"content-length" and int(value) > self._limits.body:
-            raise self._too_large()
+        if name == b"content-length":
+            self._check_body(int(value))
         if name == b"expect" and value.lower() == b"100-continue":
             self._wants_continue = True
 
@@ -176,6 +185,8 @@ class _RequestReader:
             self._send_continue()
 
     def on_body(self, body: bytes) -> None:
+        self._body_size += len(body)
+        self._check_body(self._body_size)
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -183,7 +194,7 @@ class _RequestReader:
         self._calls.append(
             _Call(parser.get_method(), self._target, b"".join(self._body), bool(parser.should_keep_alive()))
         )
-        self._in_head, self._size = True, 0
+        self._in_head, self._fed = True, 0
 
 
 class _Connection:
@@ -224,6 +235,8 @@ class _Connection:
 
     def close(self) -> None:
         """Close it."""
+        if not self._lingers:
+            self._end_tls()
         self._socket.close()
 
     def expire(self) -> None:
@@ -243,16 +256,29 @@ class _Connection:
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def _receive(self) -> bool:
+        if self._lingers:
+            return bool(socket.socket.recv(self._socket, _CHUNK)) and not self._overdue
         try:
             # A TLS record is smaller than this, so that none of it waits where epoll does not see it.
             data = self._socket.recv(_CHUNK)
         except self._not_yet:
             return not self._overdue
-        if self._lingers or not (data or self._overdue):
-            return bool(data) and not self._overdue
-        reader, limits = self._reader, self._server.limits
-        began = reader.midway
-        for call in reader.feed(data) if data else ():
+        began = self._reader.midway
+        if data and not self._answer_all(data):
+            return False
+        if self._reader.refused is not None:
+            return self._refuse(self._reader.refused)
+        if self._overdue and self._reader.midway:
+            return self._refuse(_Refused(408, "the request took too long to arrive"))
+        if not self._reader.midway:
+            self.deadline = time.monotonic() + self._server.limits.idle_time
+        elif not began or self.deadline == math.inf:
+            self.deadline = time.monotonic() + self._server.limits.request_time
+        return bool(data) and not self._overdue
+
+    def _answer_all(self, data: bytes) -> bool:
+        """Answer the requests that `data` completes; False when the client wants no more."""
+        for call in self._reader.feed(data):
             self.deadline = math.inf
             answer = self._answer(call)
             keep_alive = call.keep_alive and not self._server.stopping
@@ -260,21 +286,12 @@ class _Connection:
             self._server.plugin.log(answer)
             if not keep_alive:
                 return False
-            began = False
-        if reader.refused is not None:
-            return self._refuse(reader.refused)
-        if self._overdue:
-            return reader.midway and self._refuse(_Refused(408, "the request took too long to arrive"))
-        if not reader.midway:
-            self.deadline = time.monotonic() + limits.idle_time
-        elif not began:
-            self.deadline = time.monotonic() + limits.request_time
         return True
 
     def _answer(self, call: _Call) -> Answer:
-        if call.method != b"POST":
-            return refusal(405, f"{call.method.decode('latin-1')} is not POST")
         path = call.target.partition(b"?")[0].decode("latin-1")
+        if call.method != b"POST":
+            return self._server.plugin.refuse_method(call.method.decode("latin-1"), path)
         self._server.expect(self, path)
         answer = self._server.plugin.handle(path, call.body)
         self._server.learn(path, answer)
@@ -290,11 +307,18 @@ class _Connection:
             self._socket.sendall(data[sent:])
             self._socket.setblocking(False)
 
+    def _end_tls(self) -> None:
+        unwrap = getattr(self._socket, "unwrap", None)
+        if unwrap is not None:
+            with suppress(OSError, ValueError):  # it says goodbye (close_notify) and need not wait for theirs
+                unwrap()
+
     def _refuse(self, refused: _Refused) -> bool:
         _log.warning("refused a request: %s", refused)
         answer = refusal(refused.status, str(refused))
         self._send(_head(answer, keep_alive=False) + answer.body)
         # Closing with bytes unread would reset the connection, and the client might not see the answer.
+        self._end_tls()
         socket.socket.shutdown(self._socket, socket.SHUT_WR)
         self._lingers = True
         self.deadline = time.monotonic() + self._server.limits.request_time
@@ -360,15 +384,20 @@ class Server:
         """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            owner_id, group_id = _user_id(owner), _group_id(group)
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.parent):
                 _remove_stale(path)
                 os.fchmod(listener.fileno(), mode)  # before it has a name, so that it is never wider open
                 listener.bind(str(path))
-                os.chown(path, _user_id(owner), _group_id(group))
-                path.chmod(mode)
-                listener.listen(_BACKLOG)
-                made = path.stat()
+                made = path.lstat()
+                try:
+                    os.chown(path, owner_id, group_id)
+                    path.chmod(mode)
+                    listener.listen(_BACKLOG)
+                except OSError:
+                    _remove_own(path, made)
+                    raise
         except (OSError, KeyError) as error:
             listener.close()
             raise Unavailable(f"cannot listen on {path}: {error}") from error
@@ -430,8 +459,9 @@ class Server:
         """Take over the sockets of a systemd ``.socket`` unit (``LISTEN_FDS``, sd_listen_fds(3)), if there are any."""
         if os.environ.get("LISTEN_PID") != str(os.getpid()):
             return False
-        count = int(os.environ.pop("LISTEN_FDS", "0"))
-        del os.environ["LISTEN_PID"]  # not for child processes
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+        for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # not for child processes
+            os.environ.pop(name, None)
         for fd in range(_FIRST_SYSTEMD_FD, _FIRST_SYSTEMD_FD + count):
             os.set_inheritable(fd, False)
             self._add(socket.socket(fileno=fd))
@@ -687,6 +717,7 @@ def _tls_context(files: TLSFiles) -> ssl.SSLContext:
     context.load_cert_chain(files.certificate, files.key)
     context.load_verify_locations(files.client_ca)
     context.verify_mode = ssl.CERT_REQUIRED
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # a client that goes without goodbye is no error to alert it of
     return context
 
 
