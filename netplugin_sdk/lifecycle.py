@@ -136,10 +136,10 @@ class NetworkLifecycle(Generic[OptionsT]):
             self._store.save(network, intent="CreateNetwork")
             try:
                 self._driver.create_network(network)
+                self._store.save(network, intent=None)
             except Exception:
-                self._undo(network, lambda: self._drop_network(network))
+                self._undo(network, "CreateNetwork", lambda: self._drop_network(network))
                 raise
-            self._store.save(network, intent=None)
             return _DONE
 
     def _delete_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
@@ -148,15 +148,15 @@ class NetworkLifecycle(Generic[OptionsT]):
             if network is None:
                 _log.warning("DeleteNetwork: network %s is unknown, nothing to delete", request.network_id[:12])
                 return _DONE
-            for endpoint in tuple(network.endpoints.values()):
-                _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
-                self._store.save(endpoint, intent="DeleteEndpoint")
-                self._drop_endpoint(network, endpoint)
             self._store.save(network, intent="DeleteNetwork")
             self._drop_network(network)
             return _DONE
 
     def _drop_network(self, network: Network[OptionsT]) -> None:
+        for endpoint in tuple(network.endpoints.values()):
+            _log.warning("%r is deleted and still has %r, which is deleted first", network, endpoint)
+            self._store.save(endpoint, intent="DeleteEndpoint")
+            self._drop_endpoint(network, endpoint)
         self._driver.delete_network(network)
         self._store.forget(network)
 
@@ -181,7 +181,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             endpoint = network.endpoints.get(request.endpoint_id)
             if endpoint is not None:
                 _refuse_other_content(endpoint, endpoint.row.request, body)
-                if endpoint.row.answer is not None:
+                if endpoint.row.answer is not None and endpoint.row.intent not in ("CreateEndpoint", "DeleteEndpoint"):
                     return endpoint.row.answer
             else:
                 endpoint = self._store.new_endpoint(request, body)
@@ -191,10 +191,10 @@ class NetworkLifecycle(Generic[OptionsT]):
                 answer = messages.encode(
                     messages.CreateEndpointAnswer(messages.only_new(filled, beside=request.interface))
                 )
+                self._store.save(endpoint, intent=None, answer=answer)
             except Exception:
-                self._undo(endpoint, lambda: self._drop_endpoint(network, endpoint))
+                self._undo(endpoint, "CreateEndpoint", lambda: self._drop_endpoint(network, endpoint))
                 raise
-            self._store.save(endpoint, intent=None, answer=answer)
             return answer
 
     def _delete_endpoint(self, request: messages.EndpointRef, _body: bytes) -> bytes:
@@ -212,7 +212,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         # The engine revokes and leaves first, unless the plugin was down when it did.
         if endpoint.row.external_request is not None:
             self._drop_external(network, endpoint, then="DeleteEndpoint")
-        if endpoint.row.join_request is not None:
+        if endpoint.row.join_request is not None or endpoint.half_joined:
             self._drop_join(network, endpoint, then="DeleteEndpoint")
         self._driver.delete_endpoint(network, endpoint)
         self._store.forget(endpoint)
@@ -220,7 +220,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _endpoint_oper_info(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             network, endpoint = self._endpoint(request)
-            return messages.encode({"Value": self._driver.endpoint_oper_info(network, endpoint)})
+            return messages.encode({"Value": dict(self._driver.endpoint_oper_info(network, endpoint))})
 
     # ------------------------------------------------------------------------------------------ join and leave
 
@@ -229,27 +229,28 @@ class NetworkLifecycle(Generic[OptionsT]):
             network, endpoint = self._endpoint(request)
             if endpoint.row.join_request is not None:
                 _refuse_other_content(endpoint, endpoint.row.join_request, body)
-                if endpoint.row.join_answer is not None:
+                if endpoint.row.join_answer is not None and endpoint.row.intent not in ("Leave", "DeleteEndpoint"):
                     return endpoint.row.join_answer
-                # it was leaving, and did not succeed
-            # No intent is written: an endpoint that is not joined may be half joined, and `leave` undoes that too.
+            # No intent is written: after a crash every endpoint that is not joined counts as half joined.
+            endpoint.half_joined = True
             try:
                 join = self._driver.join(network, endpoint, Sandbox.of(request))
                 answer = messages.encode(join.to_wire(internal=network.internal))
+                self._store.save(endpoint, intent=None, join_request=body, join_answer=answer)
             except Exception:
-                self._undo(endpoint, lambda: self._driver.leave(network, endpoint))
+                self._undo(endpoint, "Join", lambda: self._drop_join(network, endpoint))
                 raise
-            self._store.save(endpoint, join_request=body, join_answer=answer)
+            endpoint.half_joined = False
             return answer
 
     def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             found = self._find_endpoint(request)
-            if found is None or found[1].row.join_request is None:
+            if found is None or (found[1].row.join_request is None and not found[1].half_joined):
                 _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
                 return _DONE
             network, endpoint = found
-            self._store.save(endpoint, intent="Leave", join_answer=None)
+            self._store.save(endpoint, intent="Leave")
             if endpoint.row.external_request is not None:
                 self._drop_external(network, endpoint, then="Leave")
             self._drop_join(network, endpoint)
@@ -258,6 +259,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
         self._driver.leave(network, endpoint)
         self._store.save(endpoint, intent=then, join_request=None, join_answer=None)
+        endpoint.half_joined = False
 
     # -------------------------------------------------------------------------------------- external connectivity
 
@@ -270,10 +272,10 @@ class NetworkLifecycle(Generic[OptionsT]):
             self._store.save(endpoint, intent="ProgramExternalConnectivity", external_request=body)
             try:
                 self._driver.program_external_connectivity(network, endpoint, request.options)
+                self._store.save(endpoint, intent=None)
             except Exception:
-                self._undo(endpoint, lambda: self._drop_external(network, endpoint))
+                self._undo(endpoint, "ProgramExternalConnectivity", lambda: self._drop_external(network, endpoint))
                 raise
-            self._store.save(endpoint, intent=None)
             return _DONE
 
     def _revoke_external(self, request: messages.EndpointRef, _body: bytes) -> bytes:
@@ -330,13 +332,13 @@ class NetworkLifecycle(Generic[OptionsT]):
         return found
 
     @staticmethod
-    def _undo(record: Network[OptionsT] | Endpoint, undo: Callable[[], None]) -> None:
+    def _undo(record: Network[OptionsT] | Endpoint, operation: Operation, undo: Callable[[], None]) -> None:
         """Take back what a method that failed may have made half of. The caller raises what it failed with."""
         try:
             undo()
         except Exception:
             # The row keeps its intent: it says what is half done.
-            _log.exception("%s of %r failed, and so did undoing it", record.row.intent, record)
+            _log.exception("%s of %r failed, and so did undoing it", operation, record)
 
 
 def _refuse_other_content(record: Network[Any] | Endpoint, known: bytes, body: bytes) -> None:
@@ -384,7 +386,7 @@ class IpamLifecycle:
             return messages.encode(self._driver.request_pool(request))
 
     def _release_pool(self, request: messages.PoolRef, _body: bytes) -> bytes:
-        with self._locks.hold(""), self._locks.hold(request.pool_id):
+        with self._locks.hold(request.pool_id), self._locks.hold(""):
             self._driver.release_pool(request.pool_id)
             return _DONE
 

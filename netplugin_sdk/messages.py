@@ -13,6 +13,7 @@ import base64
 import binascii
 import enum
 import os
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import (
     IPv4Address,
@@ -25,15 +26,41 @@ from ipaddress import (
     ip_interface,
     ip_network,
 )
-from typing import Any, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, TypeVar
 
 import msgspec
 
 from netplugin_sdk.errors import InvalidRequest
 
-IPAddress: TypeAlias = IPv4Address | IPv6Address
-IPInterface: TypeAlias = IPv4Interface | IPv6Interface
-IPNetwork: TypeAlias = IPv4Network | IPv6Network
+if TYPE_CHECKING:
+    IPAddress: TypeAlias = IPv4Address | IPv6Address
+    IPInterface: TypeAlias = IPv4Interface | IPv6Interface
+    IPNetwork: TypeAlias = IPv4Network | IPv6Network
+else:
+    # At run time a class each, since msgspec decodes no unions of classes that are not its own. So a field of a
+    # driver's options, or of data that is attached, can be an address of either version.
+
+    class IPAddress(ABC):
+        """An `ipaddress.IPv4Address` or `ipaddress.IPv6Address`."""
+
+        parse = staticmethod(ip_address)
+
+    class IPInterface(ABC):
+        """An `ipaddress.IPv4Interface` or `ipaddress.IPv6Interface`: an address with its prefix length."""
+
+        parse = staticmethod(ip_interface)
+
+    class IPNetwork(ABC):
+        """An `ipaddress.IPv4Network` or `ipaddress.IPv6Network`."""
+
+        parse = staticmethod(ip_network)
+
+    IPAddress.register(IPv4Address)
+    IPAddress.register(IPv6Address)
+    IPInterface.register(IPv4Interface)
+    IPInterface.register(IPv6Interface)
+    IPNetwork.register(IPv4Network)
+    IPNetwork.register(IPv6Network)
 
 T = TypeVar("T")
 
@@ -127,6 +154,17 @@ def _wrong(path: str, what: str, value: Any) -> InvalidRequest:
     except RecursionError:
         shown = "something nested too deeply"
     return InvalidRequest(f"{path} must be {what}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
+
+
+def _with_prefix(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """The prefix length must be given: `ipaddress` would take one address for the whole."""
+
+    def parsed(text: str) -> T:
+        if "/" not in text:
+            raise ValueError(text)
+        return parse(text)
+
+    return parsed
 
 
 # ------------------------------------------------------------------------------------------------- value types
@@ -248,7 +286,7 @@ class IpamData(msgspec.Struct, frozen=True, kw_only=True):
         def read(reader: _Reader) -> IpamData:
             def of_version(parse: Callable[[str], Any]) -> Callable[[str], Any]:
                 def parsed(text: str) -> Any:
-                    value = parse(text)
+                    value = _with_prefix(parse)(text)
                     if value.version != version:
                         raise ValueError(text)
                     return value
@@ -295,8 +333,10 @@ class EndpointInterface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     @classmethod
     def _read(cls, reader: _Reader) -> Self:
         return cls(
-            address=reader.parsed("Address", IPv4Interface, "an IPv4 address with prefix length"),
-            address_ipv6=reader.parsed("AddressIPv6", IPv6Interface, "an IPv6 address with prefix length"),
+            address=reader.parsed("Address", _with_prefix(IPv4Interface), "an IPv4 address with prefix length"),
+            address_ipv6=reader.parsed(
+                "AddressIPv6", _with_prefix(IPv6Interface), "an IPv6 address with prefix length"
+            ),
             mac_address=reader.parsed("MacAddress", MacAddress, "a MAC address"),
         )
 
@@ -336,7 +376,7 @@ class NetworkOptions(dict[str, Any]):
         reader = _Reader(self, "Options")
         self.generic: Mapping[str, str] = reader.strings(_GENERIC)
         self.internal = reader.boolean(_INTERNAL)
-        self.enable_ipv4 = _ENABLE_IPV4 not in self or reader.boolean(_ENABLE_IPV4)
+        self.enable_ipv4 = self.get(_ENABLE_IPV4) is None or reader.boolean(_ENABLE_IPV4)
         self.enable_ipv6 = reader.boolean(_ENABLE_IPV6)
 
 
@@ -547,8 +587,8 @@ class PoolRequest(msgspec.Struct, frozen=True, kw_only=True):
     def _read(cls, reader: _Reader) -> Self:
         return cls(
             address_space=reader.text("AddressSpace"),
-            pool=reader.parsed("Pool", ip_network, "a network in CIDR form"),
-            sub_pool=reader.parsed("SubPool", ip_network, "a network in CIDR form"),
+            pool=reader.parsed("Pool", _with_prefix(ip_network), "a network in CIDR form"),
+            sub_pool=reader.parsed("SubPool", _with_prefix(ip_network), "a network in CIDR form"),
             options=reader.strings("Options"),
             v6=reader.boolean("V6"),
         )
@@ -724,7 +764,12 @@ def _to_json(value: Any) -> Any:
 
 def same(one: bytes, other: bytes) -> bool:
     """Whether two request bodies say the same: JSON's order of keys and white space do not count."""
-    return one == other or bool(msgspec.json.decode(one) == msgspec.json.decode(other))
+    return one == other or _sorted(one) == _sorted(other)
+
+
+def _sorted(body: bytes) -> bytes:
+    # As text, since in Python true equals 1.
+    return msgspec.json.encode(msgspec.json.decode(body), order="sorted")
 
 
 def only_new(filled: EndpointInterface, *, beside: EndpointInterface) -> EndpointInterface:

@@ -20,7 +20,6 @@ _NATIVE = (
     ipaddress.IPv4Network,
     ipaddress.IPv6Network,
 )
-_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`")
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
 
 
@@ -38,8 +37,8 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `field` and `Meta` are msgspec's: ``name`` is the key on the wire where it is not the field's own, ``Meta``
     holds bounds, a pattern, a description. Docker sends every value as a string (protocol: ``CreateNetwork``,
     ``Options["com.docker.network.generic"]``); it is converted to the field's type: str, int, float, bool (true,
-    false, 1, 0), an enum, an `ipaddress` type, a class with a ``parse(text)`` class method, or any of these with
-    ``| None``. A field without default is an option that must be given.
+    false, 1, 0), an enum, an `ipaddress` type or the SDK's `IPAddress`, `IPInterface` and `IPNetwork` for either
+    version, a class with a ``parse(text)`` class method, or any of these with ``| None``. A field without default is an option that must be given.
 
     A driver that names no class knows no option: any ``-o`` is refused, for nothing is ignored silently. To accept
     what you do not know, subclass with ``forbid_unknown_fields=False`` and read `Network.raw_options`.
@@ -52,8 +51,11 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Raises:
             InvalidOption: one is unknown, missing or cannot be converted; the text lists the known ones.
         """
+        unknown = given.keys() - set(cls.__struct_encode_fields__)
+        if unknown and cls.__struct_config__.forbid_unknown_fields:
+            raise InvalidOption(f"unknown option {min(unknown)!r}; {cls._known()}")
         try:
-            return msgspec.convert(dict(given), cls, strict=False, dec_hook=_convert)
+            return msgspec.convert(dict(given), cls, strict=False, dec_hook=from_text)
         except msgspec.ValidationError as error:
             raise InvalidOption(f"{_explain(str(error), given)}; {cls._known()}") from None
 
@@ -63,12 +65,13 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return f"known options: {', '.join(names)}" if names else "this driver has no options"
 
 
-def _convert(wanted: type, value: Any) -> Any:
+def from_text(wanted: type, text: Any) -> Any:
+    """What `text` says as a `wanted`: for msgspec, which asks for the types that are not its own."""
     if wanted in _NATIVE:
-        return wanted(value)
+        return wanted(text)
     if parse := getattr(wanted, "parse", None):
-        return parse(value)
-    raise NotImplementedError(f"an option cannot be of type {wanted.__name__}")
+        return parse(text)
+    raise NotImplementedError(f"{wanted.__name__} cannot be made from text: it has no class method parse(text)")
 
 
 def _explain(reason: str, given: Mapping[str, str]) -> str:
@@ -78,8 +81,6 @@ def _explain(reason: str, given: Mapping[str, str]) -> str:
     if name in given:
         wanted = reason.removesuffix(", got `str`").replace("`bool`", "true or false").replace("`", "")
         return f"option {name}={given[name]!r}: {wanted[:1].lower()}{wanted[1:]}"
-    if match := _UNKNOWN_FIELD.match(reason):
-        return f"unknown option {match[1]!r}"
     if match := _MISSING_FIELD.match(reason):
         return f"option {match[1]!r} must be given"
     return reason

@@ -60,13 +60,17 @@ class Plugin:
         self._store: Store[Any] | None = None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
-        for kind, driver in kinds.items():
-            if isinstance(driver, NetworkDriver):
-                self._store = Store(None if state is None else Path(state), driver.options_type)
-                routes = NetworkLifecycle(driver, self._store).routes()
-            else:
-                routes = IpamLifecycle(driver).routes()
-            self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
+        try:
+            for kind, driver in kinds.items():
+                if isinstance(driver, NetworkDriver):
+                    self._store = Store(None if state is None else Path(state), driver.options_type)
+                    routes = NetworkLifecycle(driver, self._store).routes()
+                else:
+                    routes = IpamLifecycle(driver).routes()
+                self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
+        except BaseException:
+            self.close()
+            raise
 
     def handle(self, path: str, body: bytes) -> Answer:
         """Answer one call: `path` is ``/NetworkDriver.Join``, `body` its JSON. Never raises.

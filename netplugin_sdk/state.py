@@ -24,9 +24,9 @@ import msgspec
 from typing_extensions import TypeVar
 
 from netplugin_sdk import messages
-from netplugin_sdk.errors import Conflict, Unavailable
+from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData, IPInterface, IPNetwork, MacAddress
-from netplugin_sdk.options import DriverOptions
+from netplugin_sdk.options import DriverOptions, from_text
 
 OptionsT = TypeVar("OptionsT", bound=DriverOptions, default=DriverOptions)
 DataT = TypeVar("DataT")
@@ -104,10 +104,10 @@ RowT = TypeVar("RowT", NetworkRow, EndpointRow)
 class _Record(Generic[RowT]):
     """What networks and endpoints share: an id, a row, attached data."""
 
-    def __init__(self, row: RowT, save: Callable[..., None]) -> None:
+    def __init__(self, row: RowT, attach: Callable[..., None]) -> None:
         self.row: RowT = row
         """What is on disk. The SDK's own; it changes through `Store.save`."""
-        self._save = save
+        self._attach = attach
 
     @property
     def id(self) -> str:
@@ -127,17 +127,24 @@ class _Record(Generic[RowT]):
     def attach(self, data: object) -> None:
         """Keep `data` with this object; it is on disk when this returns and replaces what was attached of its class.
 
-        `data` is an instance of a dataclass or msgspec Struct of yours, of fields that have a JSON form or are
-        `ipaddress` objects. It goes when the object goes. Raises `Unavailable` if it cannot be written.
+        `data` is an instance of a dataclass or msgspec Struct of yours, whose fields have a JSON form or are `ipaddress`
+        objects (`IPAddress`, `IPInterface` or `IPNetwork` where they may be of either version), `MacAddress` or
+        `PortMapping`. It goes when the object goes. May be called from any thread.
+
+        Raises:
+            TypeError: a field can have no JSON form.
+            NotFound: the object has been deleted.
+            Unavailable: it cannot be written.
         """
-        kept = msgspec.json.decode(self.row.data)
-        kept[_name(type(data))] = data
-        self._save(self, data=messages.encode(kept))
+        self._attach(self, _name(type(data)), data)
 
     def attached(self, kind: type[DataT]) -> DataT | None:
-        """What was last attached of class `kind`; None if nothing was."""
-        kept = msgspec.json.decode(self.row.data).get(_name(kind))
-        return None if kept is None else msgspec.convert(kept, kind, dec_hook=lambda wanted, value: wanted(value))
+        """What was last attached of class `kind`; None if nothing was.
+
+        Raises msgspec.ValidationError if the class has changed so that what is kept does not fit any more.
+        """
+        kept = _kept(self.row).get(_name(kind))
+        return None if kept is None else msgspec.json.decode(kept, type=kind, dec_hook=from_text)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id[:12]}>"
@@ -147,12 +154,18 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _kept(row: NetworkRow | EndpointRow) -> dict[str, msgspec.Raw]:
+    return msgspec.json.decode(row.data, type=dict[str, msgspec.Raw])
+
+
 class Endpoint(_Record[EndpointRow]):
     """A container's attachment to a network, from ``CreateEndpoint`` to ``DeleteEndpoint``."""
 
-    def __init__(self, row: EndpointRow, request: messages.CreateEndpoint, save: Callable[..., None]) -> None:
-        super().__init__(row, save)
+    def __init__(self, row: EndpointRow, request: messages.CreateEndpoint, attach: Callable[..., None]) -> None:
+        super().__init__(row, attach)
         self._request = request
+        self.half_joined = row.key is not None and row.join_request is None
+        """Whether a `join` may have made something that is not undone; so it is taken to be after a crash."""
 
     @property
     def network_id(self) -> str:
@@ -231,9 +244,9 @@ class Network(_Record[NetworkRow], Generic[OptionsT]):
         row: NetworkRow,
         request: messages.CreateNetwork,
         options_type: type[OptionsT],
-        save: Callable[..., None],
+        attach: Callable[..., None],
     ) -> None:
-        super().__init__(row, save)
+        super().__init__(row, attach)
         self._request = request
         self._options_type = options_type
         self._endpoints: dict[str, Endpoint] = {}
@@ -294,7 +307,7 @@ class Store(Generic[OptionsT]):
         try:
             self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             self._prepare(file)
-            self._load()
+            self._load(file)
         except sqlite3.Error as error:
             self.close()
             raise Unavailable(f"cannot use the state file {file}: {error}") from error
@@ -304,37 +317,40 @@ class Store(Generic[OptionsT]):
 
     def _prepare(self, file: str) -> None:
         db = self._db
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _SCHEMA_VERSION):
+            raise Unavailable(
+                f"the state file {file} has version {version} and this SDK knows version {_SCHEMA_VERSION}; "
+                "it is left as it is"
+            )
         db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
         # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
         db.execute("PRAGMA synchronous = NORMAL")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT")
-        elif version != _SCHEMA_VERSION:
-            raise Unavailable(
-                f"the state file {file} has version {version} and this SDK knows version {_SCHEMA_VERSION}; "
-                "it is left as it is"
-            )
 
-    def _load(self) -> None:
-        for values in self._db.execute("SELECT * FROM networks"):
-            network = NetworkRow(*values)
-            request = messages.decode(messages.CreateNetwork, network.request)
-            self.networks[network.id] = Network(network, request, self._options_type, self.save)
-        for values in self._db.execute("SELECT * FROM endpoints"):
-            endpoint = EndpointRow(*values)
-            asked = messages.decode(messages.CreateEndpoint, endpoint.request)
-            self.networks[endpoint.network_id]._endpoints[endpoint.id] = Endpoint(endpoint, asked, self.save)
+    def _load(self, file: str) -> None:
+        try:
+            for values in self._db.execute("SELECT * FROM networks"):
+                network = NetworkRow(*values)
+                request = messages.decode(messages.CreateNetwork, network.request)
+                self.networks[network.id] = Network(network, request, self._options_type, self._attach)
+            for values in self._db.execute("SELECT * FROM endpoints"):
+                endpoint = EndpointRow(*values)
+                asked = messages.decode(messages.CreateEndpoint, endpoint.request)
+                self.networks[endpoint.network_id]._endpoints[endpoint.id] = Endpoint(endpoint, asked, self._attach)
+        except (InvalidRequest, KeyError) as error:
+            raise Unavailable(f"the state file {file} is damaged, and left as it is: {error}") from error
 
     def new_network(self, request: messages.CreateNetwork, body: bytes) -> Network[OptionsT]:
         """A network that is neither saved nor listed yet. `body` is the request as it came."""
-        return Network(NetworkRow(None, request.network_id, body), request, self._options_type, self.save)
+        return Network(NetworkRow(None, request.network_id, body), request, self._options_type, self._attach)
 
     def new_endpoint(self, request: messages.CreateEndpoint, body: bytes) -> Endpoint:
         """An endpoint that is neither saved nor listed yet. `body` is the request as it came."""
-        return Endpoint(EndpointRow(None, request.network_id, request.endpoint_id, body), request, self.save)
+        return Endpoint(EndpointRow(None, request.network_id, request.endpoint_id, body), request, self._attach)
 
     def save(self, record: _Record[RowT], **changes: bytes | str | None) -> None:
         """Write the record down with these columns of its row changed, then show it so, and list it if it is new.
@@ -342,6 +358,16 @@ class Store(Generic[OptionsT]):
         Raises:
             Unavailable: it cannot be written; nothing has changed.
         """
+        with self._lock:
+            self._save(record, **changes)
+
+    def _attach(self, record: _Record[RowT], name: str, data: object) -> None:
+        with self._lock:
+            if not self._lists(record):
+                raise NotFound(f"{record!r} is deleted")
+            self._save(record, data=messages.encode({**_kept(record.row), name: data}))
+
+    def _save(self, record: _Record[RowT], **changes: bytes | str | None) -> None:
         row: RowT = msgspec.structs.replace(record.row, **changes)
         if row.key is not None:
             columns = ", ".join([f"{column} = ?" for column in changes])
@@ -358,26 +384,31 @@ class Store(Generic[OptionsT]):
 
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
-        self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
-        if isinstance(record, Network):
-            self.networks.pop(record.id, None)
-        else:
-            self.networks[record.network_id]._endpoints.pop(record.id, None)
+        with self._lock:
+            self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
+            if isinstance(record, Network):
+                self.networks.pop(record.id, None)
+            else:
+                self.networks[record.network_id]._endpoints.pop(record.id, None)
+
+    def _lists(self, record: object) -> bool:
+        if isinstance(record, Endpoint):
+            network = self.networks.get(record.network_id)
+            return network is not None and network.endpoints.get(record.id) is record
+        return isinstance(record, Network) and self.networks.get(record.id) is record
 
     def _write(self, synced: bool, statement: str, values: tuple[object, ...]) -> int | None:
-        """The key of a row that it inserted."""
-        # One statement is one transaction. The lock keeps one thread's statement out of another's pragmas.
-        with self._lock:
+        """One statement, which is one transaction; the key of a row that it inserted. The lock is held."""
+        try:
+            if synced:
+                self._db.execute("PRAGMA synchronous = FULL")
             try:
+                return self._db.execute(statement, values).lastrowid
+            finally:
                 if synced:
-                    self._db.execute("PRAGMA synchronous = FULL")
-                try:
-                    return self._db.execute(statement, values).lastrowid
-                finally:
-                    if synced:
-                        self._db.execute("PRAGMA synchronous = NORMAL")
-            except sqlite3.Error as error:
-                raise Unavailable(f"cannot write the plugin's state: {error}") from error
+                    self._db.execute("PRAGMA synchronous = NORMAL")
+        except sqlite3.Error as error:
+            raise Unavailable(f"cannot write the plugin's state: {error}") from error
 
     def close(self) -> None:
         """Close the file and let the folder go. The store cannot be used afterwards."""
