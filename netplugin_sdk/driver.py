@@ -51,11 +51,14 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     def __init_subclass__(cls) -> None:
         """Find the class of options in the bases."""
         super().__init_subclass__()
-        for base in getattr(cls, "__orig_bases__", ()):
-            if typing.get_origin(base) is NetworkDriver:
-                (options,) = typing.get_args(base)
-                if isinstance(options, type) and issubclass(options, DriverOptions):
-                    cls.options_type = options
+        if "options_type" in cls.__dict__:
+            return
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            origin = typing.get_origin(base)
+            if isinstance(origin, type) and issubclass(origin, NetworkDriver):
+                for given in typing.get_args(base):
+                    if isinstance(given, type) and issubclass(given, DriverOptions):
+                        cls.options_type = given
 
     @abstractmethod
     def create_network(self, network: Network[OptionsT]) -> None:
@@ -121,6 +124,8 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:  # noqa: ARG002
         """Allocate what the network needs in the whole swarm (``AllocateNetwork``; on managers, `scope` global).
 
+        The SDK remembers nothing of it: a repeated request runs again and wants the same answer.
+
         Returns:
             Options that the nodes get with ``CreateNetwork``.
         """
@@ -145,7 +150,8 @@ class NetworkDriver(ABC, Generic[OptionsT]):
 class IpamDriver(ABC):
     """A Docker IPAM driver: gives out address pools and addresses.
 
-    Calls for one pool come one after the other, calls for different pools in parallel. The engine repeats a request
+    Calls for one pool come one after the other, calls for different pools in parallel; pools are requested and released
+    one at a time. The engine repeats a request
     whose answer was lost, and it cannot be told from a new one: see `request_pool` and `request_address`.
     """
 

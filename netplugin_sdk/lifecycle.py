@@ -101,7 +101,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             routes["RevokeExternalConnectivity"] = (m.EndpointRef, self._revoke_external)
         if driver.overrides("gw_alloc_check"):
             routes["GwAllocCheck"] = (m.GwAllocCheck, self._gw_alloc_check)
-        if driver.scope is Scope.GLOBAL:
+        if driver.scope == Scope.GLOBAL:
             routes["AllocateNetwork"] = (m.AllocateNetwork, self._allocate_network)
             routes["FreeNetwork"] = (m.NetworkRef, self._free_network)
         if driver.overrides("discover_new"):
@@ -154,7 +154,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _drop_network(self, network: Network[OptionsT]) -> None:
         for endpoint in tuple(network.endpoints.values()):
-            _log.warning("%r is deleted and still has %r, which is deleted first", network, endpoint)
+            _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
             self._store.save(endpoint, intent="DeleteEndpoint")
             self._drop_endpoint(network, endpoint)
         self._driver.delete_network(network)
@@ -235,8 +235,10 @@ class NetworkLifecycle(Generic[OptionsT]):
             endpoint.half_joined = True
             try:
                 join = self._driver.join(network, endpoint, Sandbox.of(request))
-                answer = messages.encode(join.to_wire(internal=network.internal))
-                self._store.save(endpoint, intent=None, join_request=body, join_answer=answer)
+                answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
+                # What was leaving is joined again; but ports that are half revoked stay so.
+                intent = None if endpoint.row.external_request is None else endpoint.row.intent
+                self._store.save(endpoint, intent=intent, join_request=body, join_answer=answer)
             except Exception:
                 self._undo(endpoint, "Join", lambda: self._drop_join(network, endpoint))
                 raise

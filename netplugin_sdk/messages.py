@@ -40,17 +40,17 @@ else:
     # At run time a class each, since msgspec decodes no unions of classes that are not its own. So a field of a
     # driver's options, or of data that is attached, can be an address of either version.
 
-    class IPAddress(ABC):
+    class IPAddress(ABC):  # noqa: B024
         """An `ipaddress.IPv4Address` or `ipaddress.IPv6Address`."""
 
         parse = staticmethod(ip_address)
 
-    class IPInterface(ABC):
+    class IPInterface(ABC):  # noqa: B024
         """An `ipaddress.IPv4Interface` or `ipaddress.IPv6Interface`: an address with its prefix length."""
 
         parse = staticmethod(ip_interface)
 
-    class IPNetwork(ABC):
+    class IPNetwork(ABC):  # noqa: B024
         """An `ipaddress.IPv4Network` or `ipaddress.IPv6Network`."""
 
         parse = staticmethod(ip_network)
@@ -675,9 +675,10 @@ class Join(msgspec.Struct, frozen=True):
     and sets its addresses, MAC, routes and default gateways. `interface` is the name of a link that exists when
     `join` returns; None if the driver put one there itself.
 
-    `gateways` are the default gateways, at most one IPv4 and one IPv6, as addresses or interface addresses. On an
-    ``--internal`` network the SDK leaves them out. Where none is given, the engine would attach the container to
-    ``docker_gwbridge``; the SDK tells it not to, unless `gateway_service` is true.
+    `gateways` are the default gateways, as addresses or interface addresses; where there are several of one IP version,
+    the one in the endpoint's own subnet counts, so that `Network.gateways` will always do. On an ``--internal`` network
+    the SDK leaves them out. Where none is given, the engine would attach the container to ``docker_gwbridge``; the SDK
+    tells it not to, unless `gateway_service` is true.
     """
 
     interface: str | None = None
@@ -686,13 +687,14 @@ class Join(msgspec.Struct, frozen=True):
     static_routes: Iterable[StaticRoute] = ()
     gateway_service: bool = False
 
-    def to_wire(self, *, internal: bool) -> dict[str, Any]:
-        """The fields of the answer. Raises ValueError for two gateways of one IP version."""
+    def to_wire(self, addresses: Iterable[IPInterface], *, internal: bool) -> dict[str, Any]:
+        """The fields of the answer for an endpoint of these addresses."""
+        subnets = [address.network for address in addresses]
         gateways: dict[int, IPAddress] = {}
         for gateway in () if internal else self.gateways:
-            if gateway.version in gateways:
-                raise ValueError(f"join returned two IPv{gateway.version} gateways")
-            gateways[gateway.version] = gateway.ip if isinstance(gateway, IPv4Interface | IPv6Interface) else gateway
+            address = gateway.ip if isinstance(gateway, IPv4Interface | IPv6Interface) else gateway
+            if address.version not in gateways or any(address in subnet for subnet in subnets):
+                gateways[address.version] = address
         answer: dict[str, Any] = {
             "Gateway": gateways.get(4),
             "GatewayIPv6": gateways.get(6),

@@ -37,8 +37,9 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `field` and `Meta` are msgspec's: ``name`` is the key on the wire where it is not the field's own, ``Meta``
     holds bounds, a pattern, a description. Docker sends every value as a string (protocol: ``CreateNetwork``,
     ``Options["com.docker.network.generic"]``); it is converted to the field's type: str, int, float, bool (true,
-    false, 1, 0), an enum, an `ipaddress` type or the SDK's `IPAddress`, `IPInterface` and `IPNetwork` for either
-    version, a class with a ``parse(text)`` class method, or any of these with ``| None``. A field without default is an option that must be given.
+    false, 1, 0), an enum, an `ipaddress` type, the SDK's `IPAddress`, `IPInterface` and `IPNetwork` for either
+    version, a class with a ``parse(text)`` class method, or any of these with ``| None``. A field without default is an
+    option that must be given.
 
     A driver that names no class knows no option: any ``-o`` is refused, for nothing is ignored silently. To accept
     what you do not know, subclass with ``forbid_unknown_fields=False`` and read `Network.raw_options`.

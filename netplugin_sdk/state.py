@@ -127,9 +127,9 @@ class _Record(Generic[RowT]):
     def attach(self, data: object) -> None:
         """Keep `data` with this object; it is on disk when this returns and replaces what was attached of its class.
 
-        `data` is an instance of a dataclass or msgspec Struct of yours, whose fields have a JSON form or are `ipaddress`
-        objects (`IPAddress`, `IPInterface` or `IPNetwork` where they may be of either version), `MacAddress` or
-        `PortMapping`. It goes when the object goes. May be called from any thread.
+        `data` is an instance of a dataclass or msgspec Struct of yours, whose fields have a JSON form or are
+        `ipaddress` objects (`IPAddress`, `IPInterface` or `IPNetwork` where they may be of either version),
+        `MacAddress` or `PortMapping`. It goes when the object goes. May be called from any thread.
 
         Raises:
             TypeError: a field can have no JSON form.
@@ -151,7 +151,7 @@ class _Record(Generic[RowT]):
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return kind.__qualname__  # not the module: run as a program it has another name
 
 
 def _kept(row: NetworkRow | EndpointRow) -> dict[str, msgspec.Raw]:
