@@ -212,8 +212,8 @@ class NetworkLifecycle(Generic[OptionsT]):
         # The engine revokes and leaves first, unless the plugin was down when it did.
         if endpoint.row.external_request is not None:
             self._drop_external(network, endpoint, then="DeleteEndpoint")
-        if endpoint.row.join_request is not None or endpoint.half_joined:
-            self._drop_join(network, endpoint, then="DeleteEndpoint")
+        if endpoint.join is not None or endpoint.half_joined:
+            self._drop_join(network, endpoint)
         self._driver.delete_endpoint(network, endpoint)
         self._store.forget(endpoint)
 
@@ -227,28 +227,28 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _join(self, request: messages.JoinRequest, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             network, endpoint = self._endpoint(request)
-            if endpoint.row.join_request is not None:
-                _refuse_other_content(endpoint, endpoint.row.join_request, body)
-                if endpoint.row.join_answer is not None and endpoint.row.intent not in ("Leave", "DeleteEndpoint"):
-                    return endpoint.row.join_answer
+            leaving = endpoint.row.intent in ("Leave", "DeleteEndpoint")
+            if endpoint.join is not None:
+                _refuse_other_content(endpoint, endpoint.join.request, body)
+                if not leaving:
+                    return endpoint.join.answer
             # No intent is written: after a crash every endpoint that is not joined counts as half joined.
             endpoint.half_joined = True
             try:
                 join = self._driver.join(network, endpoint, Sandbox.of(request))
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
-                # What was leaving is joined again; but ports that are half revoked stay so.
-                intent = None if endpoint.row.external_request is None else endpoint.row.intent
-                self._store.save(endpoint, intent=intent, join_request=body, join_answer=answer)
+                self._store.save_join(endpoint, body, answer)
+                if leaving and endpoint.row.external_request is None:  # else it is half revoked, and stays so
+                    self._store.save(endpoint, intent=None)
             except Exception:
                 self._undo(endpoint, "Join", lambda: self._drop_join(network, endpoint))
                 raise
-            endpoint.half_joined = False
             return answer
 
     def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             found = self._find_endpoint(request)
-            if found is None or (found[1].row.join_request is None and not found[1].half_joined):
+            if found is None or (found[1].join is None and not found[1].half_joined):
                 _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
                 return _DONE
             network, endpoint = found
@@ -256,12 +256,12 @@ class NetworkLifecycle(Generic[OptionsT]):
             if endpoint.row.external_request is not None:
                 self._drop_external(network, endpoint, then="Leave")
             self._drop_join(network, endpoint)
+            self._store.save(endpoint, intent=None)
             return _DONE
 
-    def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
+    def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         self._driver.leave(network, endpoint)
-        self._store.save(endpoint, intent=then, join_request=None, join_answer=None)
-        endpoint.half_joined = False
+        self._store.forget_join(endpoint)
 
     # -------------------------------------------------------------------------------------- external connectivity
 

@@ -58,10 +58,13 @@ CREATE TABLE endpoints (
     request BLOB NOT NULL,
     intent TEXT,
     answer BLOB,
-    join_request BLOB,
-    join_answer BLOB,
     external_request BLOB,
     data BLOB NOT NULL
+);
+CREATE TABLE joins (
+    key INTEGER PRIMARY KEY,
+    request BLOB NOT NULL,
+    answer BLOB NOT NULL
 );
 """
 
@@ -81,7 +84,7 @@ class NetworkRow(msgspec.Struct):
 
 
 class EndpointRow(msgspec.Struct):
-    """An endpoint on disk. It is joined while it has a `join_request`, external while an `external_request`."""
+    """An endpoint on disk. It is external while it has an `external_request`."""
 
     table: ClassVar[str] = "endpoints"
     synced: ClassVar[bool] = False
@@ -92,10 +95,19 @@ class EndpointRow(msgspec.Struct):
     request: bytes
     intent: Operation | None = None
     answer: bytes | None = None
-    join_request: bytes | None = None
-    join_answer: bytes | None = None
     external_request: bytes | None = None
     data: bytes = b"{}"
+
+
+class JoinRow(msgspec.Struct, frozen=True):
+    """A join on disk, under the key of its endpoint.
+
+    A row of its own, since a row that grows costs SQLite twice what a new one does.
+    """
+
+    key: int | None
+    request: bytes
+    answer: bytes
 
 
 RowT = TypeVar("RowT", NetworkRow, EndpointRow)
@@ -164,8 +176,10 @@ class Endpoint(_Record[EndpointRow]):
     def __init__(self, row: EndpointRow, request: messages.CreateEndpoint, attach: Callable[..., None]) -> None:
         super().__init__(row, attach)
         self._request = request
-        self.half_joined = row.key is not None and row.join_request is None
-        """Whether a `join` may have made something that is not undone; so it is taken to be after a crash."""
+        self.join: JoinRow | None = None
+        """While it is in a sandbox. The SDK's own, as `row`."""
+        self.half_joined = row.key is not None
+        """Whether a `join` may have made something, and is not done; so it is taken to be after a crash."""
 
     @property
     def network_id(self) -> str:
@@ -209,9 +223,7 @@ class Endpoint(_Record[EndpointRow]):
     @property
     def sandbox(self) -> Sandbox | None:
         """The container's sandbox, from `join` to `leave`."""
-        if self.row.join_request is None:
-            return None
-        return Sandbox.of(messages.decode(messages.JoinRequest, self.row.join_request))
+        return None if self.join is None else Sandbox.of(messages.decode(messages.JoinRequest, self.join.request))
 
     @property
     def external(self) -> EndpointOptions | None:
@@ -337,10 +349,15 @@ class Store(Generic[OptionsT]):
                 network = NetworkRow(*values)
                 request = messages.decode(messages.CreateNetwork, network.request)
                 self.networks[network.id] = Network(network, request, self._options_type, self._attach)
+            listed: dict[int | None, Endpoint] = {}
             for values in self._db.execute("SELECT * FROM endpoints"):
                 endpoint = EndpointRow(*values)
                 asked = messages.decode(messages.CreateEndpoint, endpoint.request)
-                self.networks[endpoint.network_id]._endpoints[endpoint.id] = Endpoint(endpoint, asked, self._attach)
+                listed[endpoint.key] = Endpoint(endpoint, asked, self._attach)
+                self.networks[endpoint.network_id]._endpoints[endpoint.id] = listed[endpoint.key]
+            for values in self._db.execute("SELECT * FROM joins"):
+                join = JoinRow(*values)
+                listed[join.key].join, listed[join.key].half_joined = join, False
         except (InvalidRequest, KeyError) as error:
             raise Unavailable(f"the state file {file} is damaged, and left as it is: {error}") from error
 
@@ -381,6 +398,19 @@ class Store(Generic[OptionsT]):
             self.networks[record.id] = record
         elif isinstance(record, Endpoint):
             self.networks[record.network_id]._endpoints[record.id] = record
+
+    def save_join(self, endpoint: Endpoint, request: bytes, answer: bytes) -> None:
+        """Write down that the endpoint is in a sandbox. Raises `Unavailable` if it cannot be written."""
+        join = JoinRow(endpoint.row.key, request, answer)
+        with self._lock:
+            self._write(False, "INSERT OR REPLACE INTO joins VALUES (?, ?, ?)", msgspec.structs.astuple(join))
+            endpoint.join, endpoint.half_joined = join, False
+
+    def forget_join(self, endpoint: Endpoint) -> None:
+        """Write down that it is in none. Raises `Unavailable` if it cannot be written."""
+        with self._lock:
+            self._write(False, "DELETE FROM joins WHERE key = ?", (endpoint.row.key,))
+            endpoint.join, endpoint.half_joined = None, False
 
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
