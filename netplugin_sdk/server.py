@@ -24,6 +24,7 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -55,6 +56,7 @@ _log = logging.getLogger("netplugin_sdk")
 _BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 _CHUNK = 64 * 1024
 _PATIENCE = 0.002  # seconds that one call may hold up others; a change of threads costs a twentieth
+_UNLOGGED = 64  # calls whose lines may wait while others are served
 _OFTEN = 3  # slow calls that make a method a slow one
 _FIRST_SYSTEMD_FD = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -283,7 +285,7 @@ class _Connection:
             answer = self._answer(call)
             keep_alive = call.keep_alive and not self._server.stopping
             self._send(_head(answer, keep_alive) + answer.body)
-            self._server.plugin.log(answer)
+            self._server.answered.append(answer)
             if not keep_alive:
                 return False
         return True
@@ -363,6 +365,8 @@ class Server:
         self._leader: threading.Thread | None = None
         self._served: _Connection | None = None  # by the leader, now
         self._begun = 0  # how many times it began to serve one
+        self.answered: deque[Answer] = deque()
+        """Calls that are to be logged, when there is nothing more urgent."""
         self._slow: dict[str, int] = {}  # method → how many more of its calls were slow than fast, lately
         self._awake = True  # the watch looks by itself; else the bell wakes it
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -502,14 +506,23 @@ class Server:
         """Serve whoever has something to say, until another thread leads."""
         me = threading.current_thread()
         while self._leader is me:
-            for fd, _ in self._epoll.poll():
+            events = self._epoll.poll(0 if self.answered else None)
+            if not events or len(self.answered) > _UNLOGGED:
+                self._log_answered()
+            for fd, _ in events:
                 connection = self._connections.get(fd)
                 if connection is not None:
                     self._serve(connection, me)
                 elif (listening := self._listeners.get(fd)) is not None:
                     self._accept(*listening)
                 if self._leader is not me:
-                    return  # what is left of the events comes again to the next leader
+                    break  # what is left of the events comes again to the next leader
+        self._log_answered()
+
+    def _log_answered(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self.plugin.log(self.answered.popleft())
 
     def _serve(self, connection: _Connection, me: threading.Thread) -> None:
         self._served = connection
@@ -640,6 +653,7 @@ class Server:
         os.eventfd_write(self._waker, 1)
         if leader is not None:
             leader.join(0.5)  # it may be in one of the calls that are left
+        self._log_answered()
 
     def _withdraw(self) -> None:
         """Listen no more, and remove what says that we do."""
@@ -831,6 +845,8 @@ def _configure_logging(form: Literal["text", "json"], level: str) -> None:
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Neither form shows them ("Optimization" in the documentation of `logging`).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 class _TextFormatter(logging.Formatter):

@@ -176,6 +176,8 @@ class Endpoint(_Record[EndpointRow]):
     def __init__(self, row: EndpointRow, request: messages.CreateEndpoint, attach: Callable[..., None]) -> None:
         super().__init__(row, attach)
         self._request = request
+        self._answer: bytes | None = None  # of which `_interface` is a part
+        self._interface = request.interface
         self.join: JoinRow | None = None
         """While it is in a sandbox. The SDK's own, as `row`."""
         self.half_joined = row.key is not None
@@ -194,15 +196,17 @@ class Endpoint(_Record[EndpointRow]):
     @property
     def interface(self) -> EndpointInterface:
         """Its addresses: what the engine gave, completed by what `create_endpoint` filled in."""
-        asked = self._request.interface
-        if self.row.answer is None:
-            return asked
-        filled = messages.decode(messages.CreateEndpointAnswer, self.row.answer).interface
-        return EndpointInterface(
-            address=asked.address or filled.address,
-            address_ipv6=asked.address_ipv6 or filled.address_ipv6,
-            mac_address=asked.mac_address or filled.mac_address,
-        )
+        if self._answer is not self.row.answer:
+            self._answer = self.row.answer
+            asked, filled = self._request.interface, EndpointInterface()
+            if self._answer is not None:
+                filled = messages.decode(messages.CreateEndpointAnswer, self._answer).interface
+            self._interface = EndpointInterface(
+                address=asked.address or filled.address,
+                address_ipv6=asked.address_ipv6 or filled.address_ipv6,
+                mac_address=asked.mac_address or filled.mac_address,
+            )
+        return self._interface
 
     @property
     def addresses(self) -> tuple[IPInterface, ...]:
@@ -278,17 +282,17 @@ class Network(_Record[NetworkRow], Generic[OptionsT]):
         """``--internal``: no traffic to or from outside of the network."""
         return self.raw_options.internal
 
-    @property
+    @cached_property
     def ipam(self) -> tuple[IpamData, ...]:
         """The address pools, one for each subnet, IPv4 before IPv6."""
         return (*self._request.ipv4_data, *self._request.ipv6_data)
 
-    @property
+    @cached_property
     def subnets(self) -> tuple[IPNetwork, ...]:
         """The subnets; none for the null IPAM driver's ``0.0.0.0/0``."""
         return tuple(data.pool for data in self.ipam if data.pool.prefixlen)
 
-    @property
+    @cached_property
     def gateways(self) -> tuple[IPInterface, ...]:
         """The gateway addresses with the prefix lengths of their subnets, as far as IPAM gave any."""
         return tuple(data.gateway for data in self.ipam if data.gateway is not None)
@@ -336,6 +340,7 @@ class Store(Generic[OptionsT]):
                 "it is left as it is"
             )
         db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # the folder is locked already; spares four calls a statement
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
         # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
