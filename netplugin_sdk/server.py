@@ -437,8 +437,8 @@ class Server:
         Raises:
             Unavailable: it cannot listen, read `tls` or write the file; or it would be plain TCP beyond the host.
         """
-        if tls is None and not plain and not _is_loopback(host):
-            raise Unavailable(f"refusing to serve plain TCP on {host}: give TLS files, or insist with plain=True")
+        if tls is None and not plain:
+            _refuse_beyond_loopback(host)
         try:
             context = None if tls is None else _tls_context(tls)
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -459,8 +459,14 @@ class Server:
         self._cleanup.callback(_remove_own, file, file.stat())
         return port
 
-    def listen_systemd(self) -> bool:
-        """Take over the sockets of a systemd ``.socket`` unit (``LISTEN_FDS``, sd_listen_fds(3)), if there are any."""
+    def listen_systemd(self, *, tls: TLSFiles | None = None, plain: bool = False) -> bool:
+        """Take over the sockets of a systemd ``.socket`` unit (``LISTEN_FDS``, sd_listen_fds(3)), if there are any.
+
+        `tls` and `plain` are for TCP sockets, as in `listen_tcp`; the discovery file is the administrator's then.
+
+        Raises:
+            Unavailable: it cannot read `tls`; or it would be plain TCP beyond the host.
+        """
         if os.environ.get("LISTEN_PID") != str(os.getpid()):
             return False
         count = int(os.environ.get("LISTEN_FDS", "0"))
@@ -468,7 +474,16 @@ class Server:
             os.environ.pop(name, None)
         for fd in range(_FIRST_SYSTEMD_FD, _FIRST_SYSTEMD_FD + count):
             os.set_inheritable(fd, False)
-            self._add(socket.socket(fileno=fd))
+            listener, context = socket.socket(fileno=fd), None
+            self._add(listener)  # first, so that it is closed whatever happens
+            if listener.family != socket.AF_UNIX:
+                if tls is None and not plain:
+                    _refuse_beyond_loopback(listener.getsockname()[0])
+                try:
+                    context = None if tls is None else _tls_context(tls)
+                except OSError as error:
+                    raise Unavailable(f"cannot use the TLS files: {error}") from error
+                self._add(listener, context)
         return count > 0
 
     def _add(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
@@ -723,6 +738,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _refuse_beyond_loopback(host: str) -> None:
+    if not _is_loopback(host):
+        raise Unavailable(f"refusing to serve plain TCP on {host}: give TLS files, or insist on plain TCP")
+
+
 def _tls_context(files: TLSFiles) -> ssl.SSLContext:
     import ssl  # noqa: PLC0415  # 10 ms that only TLS needs
 
@@ -782,8 +802,8 @@ def serve(
         socket_owner: its owner, by name or id.
         socket_group: its group, by name or id.
         tcp: address and port to listen on instead; engines find it by a file in ``/etc/docker/plugins``.
-        tls: files for TLS with client certificates on `tcp`.
-        plain_tcp: insist on `tcp` without `tls` beyond the loopback addresses.
+        tls: files for TLS with client certificates on `tcp`, or on a TCP socket of systemd's.
+        plain_tcp: insist on TCP without `tls` beyond the loopback addresses.
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
         limits: what one client may cost.
         log_format: ``text``, or ``json`` for one object a line.
@@ -800,7 +820,7 @@ def serve(
         Plugin(*drivers, state=STATE_FOLDER / name if state is None else state) as plugin,
         Server(plugin, limits) as server,
     ):
-        if server.listen_systemd():
+        if server.listen_systemd(tls=tls, plain=plain_tcp):
             where = "the sockets of systemd"
         elif tcp is not None:
             port = server.listen_tcp(*tcp, name=name, tls=tls, plain=plain_tcp)

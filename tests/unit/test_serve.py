@@ -105,6 +105,14 @@ def test_the_sockets_of_systemd_are_served(tmp_path: Path) -> None:
         assert (tmp_path / "systemd.sock").exists(), "it is systemd's"
 
 
+def test_a_plain_tcp_socket_of_systemd_beyond_the_host_is_refused(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET) as wide:
+        wide.bind(("0.0.0.0", 0))  # it never listens
+        with process(tmp_path, **systemd(wide)) as plugin:
+            assert plugin.wait() == 1
+            assert "refusing to serve plain TCP on 0.0.0.0" in plugin.log.read_text()
+
+
 def test_a_client_that_waited_for_the_activation_is_served(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "systemd.sock"))
