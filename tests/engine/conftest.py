@@ -69,5 +69,7 @@ def state_of(engine: PrivateEngine) -> str:
 
     links = sorted(line.split()[0] for line in lines("ip", "-brief", "link"))
     saved = [*lines("iptables-save"), *lines("ip6tables-save")]
-    # Not the built-in chains: reading a table already makes them.
-    return "\n".join((*links, *(line for line in saved if line.startswith("-A ") or " - [" in line)))
+    # Not the built-in chains, which reading a table makes; nor Docker's jump to its user's chain, which it removes and
+    # adds with every network, by two commands that race with those for another network.
+    rules = [line for line in saved if line.startswith("-A ") or " - [" in line]
+    return "\n".join((*links, *(line for line in rules if line != "-A FORWARD -j DOCKER-USER")))
