@@ -185,6 +185,8 @@ class NetworkLifecycle(Generic[OptionsT]):
                     return endpoint.row.answer
             else:
                 endpoint = self._store.new_endpoint(request, body)
+                if request.options.port_map and not self._driver.overrides("program_external_connectivity"):
+                    _log.warning("%r has ports to publish, and this driver publishes none", endpoint)
             self._store.save(endpoint, intent="CreateEndpoint")
             try:
                 filled = self._driver.create_endpoint(network, endpoint) or EndpointInterface()

@@ -306,8 +306,10 @@ class _Connection:
             sent = 0
         if sent < len(data):  # a client that does not read; it holds up this thread, and the watch sees that
             self._socket.settimeout(self._server.limits.request_time)
-            self._socket.sendall(data[sent:])
-            self._socket.setblocking(False)
+            try:
+                self._socket.sendall(data[sent:])
+            finally:
+                self._socket.setblocking(False)
 
     def _end_tls(self) -> None:
         unwrap = getattr(self._socket, "unwrap", None)
@@ -495,11 +497,14 @@ class Server:
         with self._lock:
             self._accept_more(True)
             self._lead_anew()
-        self._watch(lambda: self.stopping)
-        with self._lock:
-            self._accept_more(False)
-        self._withdraw()
-        self._drain()
+        try:
+            self._watch(lambda: self.stopping)
+        finally:
+            self.stopping = True
+            with self._lock:
+                self._accept_more(False)
+            self._withdraw()
+            self._drain()
 
     def stop(self) -> None:
         """Make `run` stop. May be called from any thread and from a signal handler."""
@@ -521,18 +526,24 @@ class Server:
         """Serve whoever has something to say, until another thread leads."""
         me = threading.current_thread()
         while self._leader is me:
-            events = self._epoll.poll(0 if self.answered else None)
-            if not events or len(self.answered) > _UNLOGGED:
-                self._log_answered()
-            for fd, _ in events:
-                connection = self._connections.get(fd)
-                if connection is not None:
-                    self._serve(connection, me)
-                elif (listening := self._listeners.get(fd)) is not None:
-                    self._accept(*listening)
-                if self._leader is not me:
-                    break  # what is left of the events comes again to the next leader
+            try:
+                self._lead_once(me)
+            except Exception:  # nobody else would go on
+                _log.exception("a bug in the server")
         self._log_answered()
+
+    def _lead_once(self, me: threading.Thread) -> None:
+        events = self._epoll.poll(0 if self.answered else None)
+        if not events or len(self.answered) > _UNLOGGED:
+            self._log_answered()
+        for fd, _ in events:
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._serve(connection, me)
+            elif (listening := self._listeners.get(fd)) is not None:
+                self._accept(*listening)
+            if self._leader is not me:
+                return  # what is left of the events comes again to the next leader
 
     def _log_answered(self) -> None:
         with suppress(IndexError):
@@ -574,7 +585,12 @@ class Server:
                 _log.error("cannot accept a connection: %s", error)
                 time.sleep(0.1)
             return  # else: gone already
-        connection = _Connection(client, self, tls)
+        try:
+            connection = _Connection(client, self, tls)
+        except OSError as error:
+            _log.debug("connection ended: %s", error)
+            client.close()
+            return
         with self._lock:
             self._connections[connection.fileno()] = connection
             self._epoll.register(connection, select.EPOLLIN)

@@ -779,6 +779,15 @@ def test_programming_and_revoking_come_together(driver_type: type[Recorder], tmp
     Plugin(Recorder(), state=tmp_path).close()  # the folder is free again
 
 
+def test_ports_that_a_driver_cannot_publish_are_not_lost_silently(caplog: pytest.LogCaptureFixture) -> None:
+    for driver, warned in ((Recorder(), True), (Publisher(), False)):
+        caplog.clear()
+        docker = Docker(Plugin(driver))
+        docker("CreateNetwork", create_network())
+        docker("CreateEndpoint", {**create_endpoint(), "Options": {"com.docker.network.portmap": [PUBLISHED]}})
+        assert ("has ports to publish, and this driver publishes none" in caplog.text) is warned
+
+
 def test_gw_alloc_check() -> None:
     driver = Everything()
     docker = Docker(Plugin(driver))

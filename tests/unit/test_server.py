@@ -372,6 +372,21 @@ def test_a_slow_call_does_not_hold_up_others(tmp_path: Path) -> None:
         assert slow.echo(n="3") == {"n": "3"}
 
 
+def test_an_error_in_the_servers_own_thread_does_not_end_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("the log is broken")
+
+    with serving_unix(tmp_path) as served, served.connect() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(served.server.plugin, "log", fail)
+            assert client.echo(n="1") == {"n": "1"}
+            wait_for(lambda: "a bug in the server" in caplog.text, "the failure")
+        assert client.echo(n="2") == {"n": "2"}
+        assert served.connect().echo(n="3") == {"n": "3"}
+
+
 def test_many_slow_calls_run_at_the_same_time(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served:
         calls = [(served.connect(), network, served.driver.gate(network)) for network in networks(40)]
