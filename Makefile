@@ -1,5 +1,6 @@
 # make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|host)
 # make test   every check and every test, real engines included
+# make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
