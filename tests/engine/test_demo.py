@@ -106,7 +106,12 @@ def test_ctrl_c_ends_it_clean(until: str) -> None:
     with (
         unchanged_host(),
         subprocess.Popen(
-            [sys.executable, DEMO], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            # What a shell starts in the background ignores Ctrl-C, and the tests may have been started so.
+            ["env", "--default-signal=INT", sys.executable, DEMO],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         ) as demo,
     ):
         assert demo.stdout is not None
