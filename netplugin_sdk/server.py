@@ -285,7 +285,7 @@ class _Connection:
             answer = self._answer(call)
             keep_alive = call.keep_alive and not self._server.stopping
             self._send(_head(answer, keep_alive) + answer.body)
-            self._server.answered.append(answer)
+            self._server._answered.append(answer)
             if not keep_alive:
                 return False
         return True
@@ -294,9 +294,9 @@ class _Connection:
         path = call.target.partition(b"?")[0].decode("latin-1")
         if call.method != b"POST":
             return self._server.plugin.refuse_method(call.method.decode("latin-1"), path)
-        self._server.expect(self, path)
+        self._server._expect(self, path)
         answer = self._server.plugin.handle(path, call.body)
-        self._server.learn(path, answer)
+        self._server._learn(path, answer)
         return answer
 
     def _send(self, data: bytes) -> None:
@@ -367,8 +367,7 @@ class Server:
         self._leader: threading.Thread | None = None
         self._served: _Connection | None = None  # by the leader, now
         self._begun = 0  # how many times it began to serve one
-        self.answered: deque[Answer] = deque()
-        """Calls that are to be logged, when there is nothing more urgent."""
+        self._answered: deque[Answer] = deque()  # to be logged, when there is nothing more urgent
         self._slow: dict[str, int] = {}  # method → how many more of its calls were slow than fast, lately
         self._awake = True  # the watch looks by itself; else the bell wakes it
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -533,8 +532,8 @@ class Server:
         self._log_answered()
 
     def _lead_once(self, me: threading.Thread) -> None:
-        events = self._epoll.poll(0 if self.answered else None)
-        if not events or len(self.answered) > _UNLOGGED:
+        events = self._epoll.poll(0 if self._answered else None)
+        if not events or len(self._answered) > _UNLOGGED:
             self._log_answered()
         for fd, _ in events:
             connection = self._connections.get(fd)
@@ -548,7 +547,7 @@ class Server:
     def _log_answered(self) -> None:
         with suppress(IndexError):
             while True:
-                self.plugin.log(self.answered.popleft())
+                self.plugin.log(self._answered.popleft())
 
     def _serve(self, connection: _Connection, me: threading.Thread) -> None:
         self._served = connection
@@ -610,12 +609,12 @@ class Server:
 
     # ------------------------------------------------------------------------------------------ letting another lead
 
-    def expect(self, connection: _Connection, path: str) -> None:
+    def _expect(self, connection: _Connection, path: str) -> None:
         """A call begins: where its method was slow before, another thread leads from now on."""
         if self._slow.get(path, 0) >= _OFTEN:
             self._hand_over(connection)
 
-    def learn(self, path: str, answer: Answer) -> None:
+    def _learn(self, path: str, answer: Answer) -> None:
         """A call has ended: was its method slow? Once is not enough: the disk has its moments."""
         seconds = answer.call.get("ms", 0.0) / 1000
         if seconds > _PATIENCE:
