@@ -26,6 +26,7 @@ from netplugin_sdk.testing.engine import (
     EngineError,
     EngineUnavailable,
     PrivateEngine,
+    listens,
     wait_until,
 )
 
@@ -151,7 +152,7 @@ def host_plugin() -> Iterator[None]:
         subprocess.Popen(PLUGIN, stdout=log, stderr=log, start_new_session=True) as process,
     ):
         try:
-            wait_until(lambda: Path("/run/docker/plugins/myplugin.sock").exists() or process.poll() is not None, 10)
+            wait_until(lambda: listens(Path("/run/docker/plugins/myplugin.sock")) or process.poll() is not None, 10)
             if process.poll() is not None:
                 raise Stopped(Path(log.name).read_text().strip())
             yield

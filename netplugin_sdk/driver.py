@@ -151,8 +151,8 @@ class IpamDriver(ABC):
     """A Docker IPAM driver: gives out address pools and addresses.
 
     Calls for one pool come one after the other, calls for different pools in parallel; pools are requested and released
-    one at a time. The engine repeats a request
-    whose answer was lost, and it cannot be told from a new one: see `request_pool` and `request_address`.
+    one at a time. The engine repeats a request whose answer was lost, and it cannot be told from a new one: see
+    `request_pool` and `request_address`.
     """
 
     requires_mac_address: ClassVar[bool] = False

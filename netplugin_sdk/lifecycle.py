@@ -214,7 +214,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         # The engine revokes and leaves first, unless the plugin was down when it did.
         if endpoint.row.external_request is not None:
             self._drop_external(network, endpoint, then="DeleteEndpoint")
-        if endpoint.join is not None or endpoint.half_joined:
+        if endpoint.may_be_joined:
             self._drop_join(network, endpoint)
         self._driver.delete_endpoint(network, endpoint)
         self._store.forget(endpoint)
@@ -234,8 +234,8 @@ class NetworkLifecycle(Generic[OptionsT]):
                 _refuse_other_content(endpoint, endpoint.join.request, body)
                 if not leaving:
                     return endpoint.join.answer
-            # No intent is written: after a crash every endpoint that is not joined counts as half joined.
-            endpoint.half_joined = True
+            # No intent is written: after a crash every endpoint counts as one that may be joined.
+            endpoint.may_be_joined = True
             try:
                 join = self._driver.join(network, endpoint, Sandbox.of(request))
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
@@ -250,7 +250,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             found = self._find_endpoint(request)
-            if found is None or (found[1].join is None and not found[1].half_joined):
+            if found is None or not found[1].may_be_joined:
                 _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
                 return _DONE
             network, endpoint = found

@@ -473,17 +473,20 @@ class Server:
         count = int(os.environ.get("LISTEN_FDS", "0"))
         for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # not for child processes
             os.environ.pop(name, None)
-        for fd in range(_FIRST_SYSTEMD_FD, _FIRST_SYSTEMD_FD + count):
-            os.set_inheritable(fd, False)
-            listener, context = socket.socket(fileno=fd), None
-            self._add(listener)  # first, so that it is closed whatever happens
-            if listener.family != socket.AF_UNIX:
-                if tls is None and not plain:
-                    _refuse_beyond_loopback(listener.getsockname()[0])
-                try:
-                    context = None if tls is None else _tls_context(tls)
-                except OSError as error:
-                    raise Unavailable(f"cannot use the TLS files: {error}") from error
+        listeners = [socket.socket(fileno=fd) for fd in range(_FIRST_SYSTEMD_FD, _FIRST_SYSTEMD_FD + count)]
+        for listener in listeners:  # all of them first, so that they are closed whatever happens
+            listener.set_inheritable(False)
+            self._add(listener)
+        tcp = [listener for listener in listeners if listener.family != socket.AF_UNIX]
+        if tls is None:
+            for listener in () if plain else tcp:
+                _refuse_beyond_loopback(listener.getsockname()[0])
+        elif tcp:
+            try:
+                context = _tls_context(tls)
+            except OSError as error:
+                raise Unavailable(f"cannot use the TLS files: {error}") from error
+            for listener in tcp:
                 self._add(listener, context)
         return count > 0
 

@@ -69,7 +69,7 @@ CREATE TABLE joins (
 """
 
 
-class NetworkRow(msgspec.Struct):
+class NetworkRow(msgspec.Struct, frozen=True):
     """A network on disk: requests and answers as they crossed the wire."""
 
     table: ClassVar[str] = "networks"
@@ -83,7 +83,7 @@ class NetworkRow(msgspec.Struct):
     data: bytes = b"{}"
 
 
-class EndpointRow(msgspec.Struct):
+class EndpointRow(msgspec.Struct, frozen=True):
     """An endpoint on disk. It is external while it has an `external_request`."""
 
     table: ClassVar[str] = "endpoints"
@@ -180,8 +180,8 @@ class Endpoint(_Record[EndpointRow]):
         self._interface = request.interface
         self.join: JoinRow | None = None
         """While it is in a sandbox. The SDK's own, as `row`."""
-        self.half_joined = row.key is not None
-        """Whether a `join` may have made something, and is not done; so it is taken to be after a crash."""
+        self.may_be_joined = row.key is not None
+        """Whether there may be something for `leave` to undo: a join, or half of one, as always after a restart."""
 
     @property
     def network_id(self) -> str:
@@ -196,11 +196,10 @@ class Endpoint(_Record[EndpointRow]):
     @property
     def interface(self) -> EndpointInterface:
         """Its addresses: what the engine gave, completed by what `create_endpoint` filled in."""
-        if self._answer is not self.row.answer:
+        if self.row.answer is not None and self.row.answer is not self._answer:
             self._answer = self.row.answer
-            asked, filled = self._request.interface, EndpointInterface()
-            if self._answer is not None:
-                filled = messages.decode(messages.CreateEndpointAnswer, self._answer).interface
+            asked = self._request.interface
+            filled = messages.decode(messages.CreateEndpointAnswer, self._answer).interface
             self._interface = EndpointInterface(
                 address=asked.address or filled.address,
                 address_ipv6=asked.address_ipv6 or filled.address_ipv6,
@@ -362,7 +361,7 @@ class Store(Generic[OptionsT]):
                 self.networks[endpoint.network_id]._endpoints[endpoint.id] = listed[endpoint.key]
             for values in self._db.execute("SELECT * FROM joins"):
                 join = JoinRow(*values)
-                listed[join.key].join, listed[join.key].half_joined = join, False
+                listed[join.key].join = join
         except (InvalidRequest, KeyError) as error:
             raise Unavailable(f"the state file {file} is damaged, and left as it is: {error}") from error
 
@@ -397,7 +396,8 @@ class Store(Generic[OptionsT]):
         else:
             values = msgspec.structs.astuple(row)
             places = ", ".join("?" * len(values))
-            row.key = self._write(row.synced, f"INSERT INTO {row.table} VALUES ({places})", values)
+            key = self._write(row.synced, f"INSERT INTO {row.table} VALUES ({places})", values)
+            row = msgspec.structs.replace(row, key=key)
         record.row = row
         if isinstance(record, Network):
             self.networks[record.id] = record
@@ -409,13 +409,13 @@ class Store(Generic[OptionsT]):
         join = JoinRow(endpoint.row.key, request, answer)
         with self._lock:
             self._write(False, "INSERT OR REPLACE INTO joins VALUES (?, ?, ?)", msgspec.structs.astuple(join))
-            endpoint.join, endpoint.half_joined = join, False
+            endpoint.join = join
 
     def forget_join(self, endpoint: Endpoint) -> None:
         """Write down that it is in none. Raises `Unavailable` if it cannot be written."""
         with self._lock:
             self._write(False, "DELETE FROM joins WHERE key = ?", (endpoint.row.key,))
-            endpoint.join, endpoint.half_joined = None, False
+            endpoint.join, endpoint.may_be_joined = None, False
 
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""

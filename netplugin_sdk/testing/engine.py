@@ -299,7 +299,7 @@ class PrivateEngine:
         """
         plugin = self.spawn(name, command)
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not plugin.running or _listens(self.plugin_folder / f"{name}.sock"), timeout)
+            wait_until(lambda: not plugin.running or listens(self.plugin_folder / f"{name}.sock"), timeout)
             if plugin.running:
                 return plugin
         plugin.kill()
@@ -435,7 +435,8 @@ def _child_of(pid: int) -> int:
     return int(children[0])
 
 
-def _listens(path: Path) -> bool:
+def listens(path: Path) -> bool:
+    """Whether somebody serves the unix socket of this path."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
