@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -43,11 +43,16 @@ def engine(request: pytest.FixtureRequest) -> Iterator[PrivateEngine]:
 
 @pytest.fixture
 def myplugin(engine: PrivateEngine) -> Iterator[Process]:
-    """The engine with myplugin beside it; afterwards nothing is left of the containers, networks and rules."""
+    """The engine with myplugin beside it."""
+    yield from plugin_beside(engine, "myplugin", MYPLUGIN)
+
+
+def plugin_beside(engine: PrivateEngine, name: str, command: Sequence[str]) -> Iterator[Process]:
+    """A plugin, for a fixture; afterwards nothing is left of the containers, networks and rules."""
     before = state_of(engine)
-    plugin = engine.start_plugin("myplugin", MYPLUGIN)
+    plugin = engine.start_plugin(name, command)
     yield plugin
-    with plugin if plugin.running else engine.start_plugin("myplugin", MYPLUGIN):
+    with plugin if plugin.running else engine.start_plugin(name, command):
         remove_all(engine)
     assert state_of(engine) == before, "the test or the plugin left something behind"
 

@@ -12,7 +12,7 @@ import pytest
 
 from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, PrivateEngine, Process
 
-from .conftest import remove_all, state_of
+from .conftest import plugin_beside
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -26,11 +26,7 @@ def source() -> str:
 def l2(engine: PrivateEngine, tmp_path: Path) -> Iterator[Process]:
     file = tmp_path / "l2.py"
     file.write_text(source())
-    before = state_of(engine)
-    with engine.start_plugin("l2", [sys.executable, str(file)]) as plugin:
-        yield plugin
-        remove_all(engine)
-    assert state_of(engine) == before, "the driver left something behind"
+    yield from plugin_beside(engine, "l2", [sys.executable, str(file)])
 
 
 def test_it_is_about_60_lines() -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from netplugin_sdk import AllocateNetwork, DriverError, Endpoint, Join, Network, NetworkDriver, Plugin, Sandbox, Scope
 from netplugin_sdk.server import Limits, Server
+from netplugin_sdk.testing.engine import wait_until
 
 TIMEOUT = 20.0
 """Of everything that blocks: far longer than any of it takes."""
@@ -31,10 +32,10 @@ METHOD = "NetworkDriver.AllocateNetwork"
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    until = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < until, f"waited {TIMEOUT} s in vain for {what}"
-        time.sleep(0.01)
+    try:
+        wait_until(lambda: bool(condition()), TIMEOUT, every=0.01)
+    except TimeoutError:
+        raise AssertionError(f"waited {TIMEOUT} s in vain for {what}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the driver

@@ -23,7 +23,9 @@ from .serving import (
     METHOD,
     NETWORK,
     TIMEOUT,
+    Client,
     Echo,
+    Gate,
     Reply,
     Served,
     body,
@@ -387,12 +389,18 @@ def test_an_error_in_the_servers_own_thread_does_not_end_the_service(
         assert served.connect().echo(n="3") == {"n": "3"}
 
 
+def slow_calls(served: Served, count: int) -> list[tuple[Client, str, Gate]]:
+    """So many calls that are all in the driver, on a network each."""
+    calls = [(served.connect(), network, served.driver.gate(network)) for network in networks(count)]
+    for client, network, gate in calls:
+        client.send(echo(network=network, gate=network))
+        gate.wait_entered()
+    return calls
+
+
 def test_many_slow_calls_run_at_the_same_time(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served:
-        calls = [(served.connect(), network, served.driver.gate(network)) for network in networks(40)]
-        for client, network, gate in calls:
-            client.send(echo(network=network, gate=network))
-            gate.wait_entered()
+        calls = slow_calls(served, 40)
         assert served.connect().echo(n="1") == {"n": "1"}
         for client, network, gate in reversed(calls):
             gate.open()
@@ -715,10 +723,7 @@ def test_stop_lets_a_running_call_end_and_ends_idle_connections(tmp_path: Path) 
 
 def test_stop_lets_all_running_calls_end(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served:
-        calls = [(served.connect(), network, served.driver.gate(network)) for network in networks(10)]
-        for client, network, gate in calls:
-            client.send(echo(network=network, gate=network))
-            gate.wait_entered()
+        calls = slow_calls(served, 10)
         served.server.stop()
         for client, network, gate in calls:
             gate.open()

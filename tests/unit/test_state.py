@@ -467,7 +467,22 @@ plugin = Plugin(driver, state=folder)
 for name, request in steps:
     answer = plugin.handle(f"/NetworkDriver.{name}", json.dumps(request).encode())
     assert answer.status == 200, answer
+print("done", flush=True)
+sys.stdin.read()
 """
+
+
+def kill_victim(folder: Path, dies_in: str, steps: list[tuple[str, dict[str, Any]]], *, when: bytes) -> None:
+    """Run `VICTIM`, and kill it when it says this."""
+    with subprocess.Popen(
+        [sys.executable, "-c", VICTIM, str(folder), dies_in, json.dumps(steps)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as victim:
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == when
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait(PATIENCE) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -483,15 +498,7 @@ for name, request in steps:
 def test_a_killed_process_leaves_what_it_was_at(
     dies_in: str, networks: list[Any], endpoints: list[Any], tmp_path: Path
 ) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", VICTIM, str(tmp_path), dies_in, json.dumps(STEPS[dies_in])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as victim:
-        assert victim.stdout is not None
-        assert victim.stdout.readline() == b"inside\n"
-        victim.send_signal(signal.SIGKILL)
-        assert victim.wait(PATIENCE) == -signal.SIGKILL
+    kill_victim(tmp_path, dies_in, STEPS[dies_in], when=b"inside\n")
     Store(tmp_path, Options).close()
     assert rows(tmp_path, "networks", "id, intent") == networks
     joined = "EXISTS (SELECT 1 FROM joins WHERE joins.key = endpoints.key)"
@@ -499,22 +506,7 @@ def test_a_killed_process_leaves_what_it_was_at(
 
 
 def test_what_was_answered_is_on_disk_when_the_process_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            VICTIM + "print('done', flush=True); sys.stdin.read()",
-            str(tmp_path),
-            "",
-            json.dumps(STEPS["join"]),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as victim:
-        assert victim.stdout is not None
-        assert victim.stdout.readline() == b"done\n"
-        victim.send_signal(signal.SIGKILL)
-        victim.wait(PATIENCE)
+    kill_victim(tmp_path, "", STEPS["join"], when=b"done\n")
     store = Store(tmp_path, Options)
     endpoint = store.networks[NETWORK].endpoints[ENDPOINT]
     assert (endpoint.row.intent, store.networks[NETWORK].row.intent) == (None, None)
