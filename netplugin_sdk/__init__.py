@@ -3,6 +3,7 @@
 The helpers that touch the kernel are in `netplugin_sdk.linux` and are not imported here.
 """
 
+from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import (
     Conflict,
@@ -19,12 +20,8 @@ from netplugin_sdk.messages import (
     AllocateNetwork,
     EndpointInterface,
     EndpointOptions,
-    IPAddress,
     IpamData,
-    IPInterface,
-    IPNetwork,
     Join,
-    MacAddress,
     NetworkOptions,
     Node,
     Pool,
@@ -34,7 +31,6 @@ from netplugin_sdk.messages import (
     Scope,
     SkipGateway,
     StaticRoute,
-    TransportProtocol,
 )
 from netplugin_sdk.options import DriverOptions
 from netplugin_sdk.plugin import Plugin

@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic
 
+from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.messages import (
     AddressRef,
     AddressRequest,
     AllocateNetwork,
     EndpointInterface,
     EndpointOptions,
-    IPInterface,
     Join,
     Node,
     Pool,

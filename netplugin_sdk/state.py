@@ -24,8 +24,9 @@ import msgspec
 from typing_extensions import TypeVar
 
 from netplugin_sdk import messages
+from netplugin_sdk.addresses import IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData, IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData
 from netplugin_sdk.options import DriverOptions, from_text
 
 OptionsT = TypeVar("OptionsT", bound=DriverOptions, default=DriverOptions)

@@ -35,13 +35,15 @@ from pathlib import Path
 from types import TracebackType
 
 VERSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "20.10": ("bookworm", ("docker.io",)),
-    "26.1": ("trixie", ("docker.io", "docker-cli")),
+    "20.10": ("bookworm", ("docker.io", "docker-compose")),
+    "26.1": ("trixie", ("docker.io", "docker-cli", "docker-compose")),
+    "28.5": ("sid", ("docker.io", "docker-cli", "docker-compose")),
 }
 """Engine version → Debian's suite that has it, and the packages."""
 
-_PACKAGES = ("iptables", "nftables", "iproute2", "iputils-ping", "ca-certificates", "busybox-static")
+_PACKAGES = ("iptables", "nftables", "iproute2", "iputils-ping", "iperf3", "ca-certificates", "busybox-static")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_BUILT = "etc/netplugin-packages"  # in a root file system: what it was built with
 _PLUGINS = "/run/docker/plugins"
 
 ENGINE_ADDRESS = "198.51.100.1"
@@ -133,7 +135,7 @@ def require(version: str) -> None:
     if os.geteuid() != 0:
         raise EngineUnavailable("a private Docker Engine needs root: run this as root")
     programs = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2"}
-    if not (_cache() / "engines" / version).is_dir():
+    if not _is_built(version):
         programs["debootstrap"] = "debootstrap"
     missing = sorted({package for program, package in programs.items() if shutil.which(program) is None})
     if missing:
@@ -151,18 +153,18 @@ def root_file_system(version: str) -> Path:
         EngineUnavailable: it cannot be built here; the text says why.
     """
     require(version)
-    suite, packages = VERSIONS[version]
+    suite, _ = VERSIONS[version]
     root = _cache() / "engines" / version
     root.parent.mkdir(parents=True, exist_ok=True)
     with (root.parent / f".{version}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if root.is_dir():
+        if _is_built(version):
             return root
         mirror = os.environ.get("NETPLUGIN_DEBIAN_MIRROR", "http://deb.debian.org/debian")
         print(f"building Docker Engine {version} (Debian {suite}) in {root}, about a minute …", file=sys.stderr)
         building = root.with_name(f".{version}.building")
         shutil.rmtree(building, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={','.join((*packages, *_PACKAGES))}"]
+        command = ["debootstrap", "--variant=minbase", f"--include={_packages(version)}"]
         if _KEYRING.exists():
             command.append(f"--keyring={_KEYRING}")
         log = root.with_name(f"{version}.log")
@@ -171,8 +173,20 @@ def root_file_system(version: str) -> Path:
         if done.returncode != 0:
             tail = " ".join(log.read_text(errors="replace").splitlines()[-3:])
             raise EngineUnavailable(f"debootstrap of Debian {suite} failed, see {log}: {tail}")
+        (building / _BUILT).write_text(_packages(version))
+        shutil.rmtree(root, ignore_errors=True)
         building.rename(root)
         return root
+
+
+def _packages(version: str) -> str:
+    return ",".join((*VERSIONS[version][1], *_PACKAGES))
+
+
+def _is_built(version: str) -> bool:
+    """Whether there is a root file system, with the packages of today."""
+    built = _cache() / "engines" / version / _BUILT
+    return built.is_file() and built.read_text() == _packages(version)
 
 
 # ----------------------------------------------------------------------------------------------------------- engine

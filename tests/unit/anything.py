@@ -35,7 +35,7 @@ from netplugin_sdk import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.messages import IPInterface
+from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.server import Limits, Server
 
 SAYS_NO = "the driver says no"

@@ -31,8 +31,8 @@ from netplugin_sdk import (
     PoolRequest,
     Scope,
 )
+from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.lifecycle import _Locks
-from netplugin_sdk.messages import IPInterface
 
 from .lab import (
     ENDPOINT,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from msgspec import Meta, field
 
 from netplugin_sdk import DriverOptions, InvalidOption, MacAddress, NetworkDriver
-from netplugin_sdk.messages import IPAddress
+from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.state import OptionsT
 
 from .lab import Options, Recorder

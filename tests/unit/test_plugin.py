@@ -25,7 +25,7 @@ from netplugin_sdk import (
     Unavailable,
     Unsupported,
 )
-from netplugin_sdk.messages import IPInterface
+from netplugin_sdk.addresses import IPInterface
 
 from .lab import ENDPOINT, NETWORK, Docker, Recorder, create_endpoint, create_network, of
 

@@ -27,7 +27,7 @@ import pytest
 
 from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable
 from netplugin_sdk import messages as m
-from netplugin_sdk.messages import IPInterface
+from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.state import Endpoint, Network, Store
 
 from .lab import (

@@ -34,7 +34,7 @@ from netplugin_sdk import (
     Sandbox,
     SkipGateway,
 )
-from netplugin_sdk.messages import IPInterface, IPNetwork
+from netplugin_sdk.addresses import IPInterface, IPNetwork
 
 FOLDER = Path(__file__).parent / "recordings"
 REQUESTS = {
