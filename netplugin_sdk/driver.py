@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic
 
 from netplugin_sdk.addresses import IPInterface
@@ -15,6 +16,7 @@ from netplugin_sdk.messages import (
     EndpointInterface,
     EndpointOptions,
     Join,
+    NetworkOptions,
     Node,
     Pool,
     PoolRequest,
@@ -48,6 +50,9 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     options_type: ClassVar[type[DriverOptions]] = DriverOptions
     """The class of the driver's ``-o`` options, taken from the subclass's base ``NetworkDriver[…]``."""
 
+    networks: Mapping[str, Network[OptionsT]] = MappingProxyType({})
+    """All networks of the plugin by id, from before `create_network` until after `delete_network`."""
+
     def __init_subclass__(cls) -> None:
         """Find the class of options in the bases."""
         super().__init_subclass__()
@@ -65,7 +70,8 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         """Make the network (``CreateNetwork``; ``docker network create``).
 
         The engine never repeats this call after a restart of the host or the plugin: `network` is remembered, and
-        given to every later method.
+        given to every later method. The SDK does: when the plugin starts, this method runs again for each network,
+        before any request is answered.
         """
 
     @abstractmethod
@@ -106,7 +112,8 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     ) -> None:
         """Publish `EndpointOptions.port_map` (``ProgramExternalConnectivity``).
 
-        Called for the endpoint that carries its container's default route, again with other options if they change.
+        Called for the endpoint that carries its container's default route, again with other options if they change,
+        and by the SDK when the plugin starts, for what was published before; after a reboot the container may be gone.
         Override it together with `revoke_external_connectivity`.
         """
         raise NotImplementedError
@@ -114,10 +121,11 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     def revoke_external_connectivity(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         """Undo `program_external_connectivity` (``RevokeExternalConnectivity``); also before a `leave` without it."""
 
-    def gw_alloc_check(self, options: OptionsT) -> SkipGateway:
+    def gw_alloc_check(self, options: OptionsT, request: NetworkOptions) -> SkipGateway:
         """Say for which IP versions a network of these options needs no gateway address (``GwAllocCheck``).
 
-        Called before `create_network` by engines ≥ 28; overriding it sets the capability ``GwAllocChecker``.
+        `request` holds what else ``docker network create`` was given, such as ``--internal``. Called before
+        `create_network` by engines ≥ 28; overriding it sets the capability ``GwAllocChecker``.
         """
         raise NotImplementedError
 

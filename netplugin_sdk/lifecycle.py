@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, Generic, TypeAlias
 
 from netplugin_sdk import messages
@@ -79,6 +80,24 @@ class NetworkLifecycle(Generic[OptionsT]):
         self._driver = driver
         self._store = store
         self._locks = _Locks()
+        driver.networks = MappingProxyType(store.networks)
+
+    def restore(self) -> None:
+        """Bring back what is on disk and may be gone from the kernel, as after a reboot. Failures are logged."""
+        for network in tuple(self._store.networks.values()):
+            if network.row.intent is not None:
+                continue  # half made or half removed: the engine asks again
+            try:
+                self._driver.create_network(network)
+            except Exception:
+                _log.exception("%r cannot be restored", network)
+                continue
+            for endpoint in tuple(network.endpoints.values()):
+                if endpoint.external is not None and endpoint.row.intent is None:
+                    try:
+                        self._driver.program_external_connectivity(network, endpoint, endpoint.external)
+                    except Exception:
+                        _log.exception("the external connectivity of %r cannot be restored", endpoint)
 
     def routes(self) -> Routes:
         """The methods that this driver has. What is missing here is a 404: "method not supported"."""
@@ -171,7 +190,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _gw_alloc_check(self, request: messages.GwAllocCheck, _body: bytes) -> bytes:
         options: Any = self._driver.options_type.parse(request.options.generic)
-        return messages.encode(self._driver.gw_alloc_check(options))
+        return messages.encode(self._driver.gw_alloc_check(options, request.options))
 
     # ------------------------------------------------------------------------------------------------- endpoints
 

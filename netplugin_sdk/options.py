@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -58,7 +60,7 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         try:
             return msgspec.convert(dict(given), cls, strict=False, dec_hook=from_text)
         except msgspec.ValidationError as error:
-            raise InvalidOption(f"{_explain(str(error), given)}; {cls._known()}") from None
+            raise InvalidOption(_explain(str(error), given, cls)) from None
 
     @classmethod
     def _known(cls) -> str:
@@ -75,13 +77,23 @@ def from_text(wanted: type, text: Any) -> Any:
     raise NotImplementedError(f"{wanted.__name__} cannot be made from text: it has no class method parse(text)")
 
 
-def _explain(reason: str, given: Mapping[str, str]) -> str:
+def _explain(reason: str, given: Mapping[str, str], options: type[DriverOptions]) -> str:
     # msgspec ends its text with the field's place: "Expected `int` >= 68 - at `$.com.docker.network.driver.mtu`".
     reason, _, place = reason.partition(" - at `$.")
     name = place.rstrip("`")
     if name in given:
         wanted = reason.removesuffix(", got `str`").replace("`bool`", "true or false").replace("`", "")
+        (kind,) = (field.type for field in msgspec.structs.fields(options) if field.encode_name == name)
+        if values := [str(value) for enumeration in _enums(kind) for value in enumeration]:
+            wanted = f"expected {', '.join(values[:-1])} or {values[-1]}"
         return f"option {name}={given[name]!r}: {wanted[:1].lower()}{wanted[1:]}"
     if match := _MISSING_FIELD.match(reason):
-        return f"option {match[1]!r} must be given"
+        return f"option {match[1]!r} must be given; {options._known()}"
     return reason
+
+
+def _enums(kind: Any) -> list[type[enum.Enum]]:
+    """The enumerations in a field's type, such as ``Mode | None``."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [kind]
+    return [found for part in typing.get_args(kind) for found in _enums(part)]

@@ -64,7 +64,9 @@ class Plugin:
             for kind, driver in kinds.items():
                 if isinstance(driver, NetworkDriver):
                     self._store = Store(None if state is None else Path(state), driver.options_type)
-                    routes = NetworkLifecycle(driver, self._store).routes()
+                    lifecycle = NetworkLifecycle(driver, self._store)
+                    routes = lifecycle.routes()
+                    lifecycle.restore()
                 else:
                     routes = IpamLifecycle(driver).routes()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})

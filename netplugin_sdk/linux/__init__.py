@@ -1,5 +1,24 @@
-"""What drivers do to the kernel: interfaces (`links`) and packet filtering (`firewall`).
+"""What drivers ask of the kernel: interfaces, the firewall, published ports, sysctls.
 
-Everything works in the network namespace of the plugin's process and can be done twice. Nothing here knows of
-Docker's protocol; nothing is imported by `import netplugin_sdk`.
+Everything here makes it so if it is not so, and can be run again. It knows nothing of plugins.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def together(*steps: Callable[[], T]) -> list[T]:
+    """Run steps side by side and return their results: the kernel makes each of them wait, not work.
+
+    All of them are run; then the first error is raised.
+    """
+    first, *others = steps
+    with ThreadPoolExecutor(max(1, len(others))) as pool:
+        running = [pool.submit(step) for step in others]
+        mine = first()
+    return [mine, *(step.result() for step in running)]

@@ -1,0 +1,230 @@
+"""What the firewall must do for a bridge, as a value, and the rules that do it: no program runs here.
+
+    Policy ── rules(policy, version) ──→ (Rule, Rule, …) ── iptables or nftables ──→ text ──→ kernel
+
+The rules of one bridge stand in four places, whatever writes them down:
+
+    INTO   a packet that would leave the host through this bridge: who may talk to its ports
+    OUT    a packet that came from this bridge and that no other bridge has refused
+    DNAT   a packet to an address of the host: published ports
+    SNAT   a packet that was accepted: whose source is replaced on its way out
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from netplugin_sdk.addresses import IPAddress, IPNetwork, TransportProtocol
+from netplugin_sdk.errors import DriverError, InvalidRequest
+from netplugin_sdk.linux.ports import Published
+
+# Tighter than the kernel: what would mean something else in a rule (quotes, a trailing "+", which is a wildcard) is
+# not a name here. 15 bytes leave room in a chain's name, which has at most 28.
+_INTERFACE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@=-]{0,14}")
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+
+
+class FirewallError(DriverError):
+    """The firewall refused a change: in its own words."""
+
+
+class Mode(enum.StrEnum):
+    """How a network reaches the outside, per IP version: Docker's ``gateway_mode_ipv4`` and ``_ipv6``."""
+
+    NAT = "nat"
+    """Published ports are reached through the host's addresses, and nothing else from outside."""
+    UNPROTECTED = "nat-unprotected"
+    """As `NAT`, and whoever has a route to the network reaches every port of its containers."""
+    ROUTED = "routed"
+    """No address is translated; published ports are reached by the container's own address, and ping is."""
+    ISOLATED = "isolated"
+    """As an internal network; the bridge has no address either."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What may go in and out of one bridge.
+
+    By default its ports talk to each other and to the outside and get the answers, with the host's address as their
+    source; nothing from outside begins.
+    """
+
+    bridge: str
+    """Name of the interface. It need not exist yet."""
+    network: str = ""
+    """What comments call the network, such as the start of its id."""
+    subnets: tuple[IPNetwork, ...] = ()
+    """Of which address families the bridge is; without any, it may carry both."""
+    internal: bool = False
+    """Its ports talk to each other, and that is all."""
+    icc: bool = True
+    """Whether its ports talk to each other directly (inter-container communication)."""
+    masquerade: bool = True
+    """Whether what leaves has the host's address as its source."""
+    sources: tuple[IPAddress, ...] = ()
+    """That address, for IPv4 and for IPv6; otherwise the one of the interface that it leaves by."""
+    mode4: Mode = Mode.NAT
+    mode6: Mode = Mode.NAT
+    trusted: tuple[str, ...] = ()
+    """Interfaces from which published ports are also reached by the container's own address."""
+    published: Mapping[str, tuple[Published, ...]] = field(default_factory=dict)
+    """Label of an endpoint → its ports; with `Published.host_port` 0 a port is open, but not on the host."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be written into a rule."""
+        check(self.bridge)
+        for name in self.trusted:
+            check(name)
+        for label in (self.network, *self.published):
+            if not _LABEL.fullmatch(label):
+                raise InvalidRequest(f"{label!r} cannot be a label in a firewall rule")
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The IP versions that it concerns."""
+        return tuple(sorted({net.version for net in self.subnets})) or (4, 6)
+
+    def mode(self, version: int) -> Mode:
+        """`mode4` or `mode6`."""
+        return self.mode4 if version == 4 else self.mode6
+
+
+def check(interface: str) -> None:
+    """Raise `InvalidRequest` if the name of an interface cannot be written into a rule."""
+    if not _INTERFACE.fullmatch(interface):
+        raise InvalidRequest(f"{interface!r} cannot be the name of an interface in a firewall rule")
+
+
+class Place(enum.Enum):
+    """Where a rule stands; see the module's text."""
+
+    INTO = enum.auto()
+    OUT = enum.auto()
+    DNAT = enum.auto()
+    SNAT = enum.auto()
+
+
+class Verdict(enum.Enum):
+    """What happens to a packet that a rule matches."""
+
+    ACCEPT = enum.auto()
+    DROP = enum.auto()
+    TO_OTHERS = enum.auto()
+    """Accepted, unless it goes to a bridge of Docker's own that refuses it."""
+    DNAT = enum.auto()
+    SNAT = enum.auto()
+    MASQUERADE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule: a packet that all of the matches fit gets the verdict. None matches anything."""
+
+    place: Place
+    verdict: Verdict
+    incoming: str | None = None
+    not_incoming: str | None = None
+    outgoing: str | None = None
+    not_outgoing: str | None = None
+    source: IPNetwork | None = None
+    not_source: IPAddress | None = None
+    destination: IPAddress | None = None
+    protocol: TransportProtocol | None = None
+    port: int | None = None
+    """Destination port."""
+    icmp: bool = False
+    established: bool = False
+    """Belongs to a connection that was accepted before."""
+    translated: bool = False
+    """Belongs to a connection whose destination a `Verdict.DNAT` replaced."""
+    to: tuple[IPAddress, int] | IPAddress | None = None
+    """The new destination or source."""
+    endpoint: str = ""
+    """For the comment."""
+
+
+def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
+    """The rules of one bridge for one IP version; of each `Place` in the order in which they are to be asked."""
+    bridge, mode = policy.bridge, policy.mode(version)
+    nat = mode in (Mode.NAT, Mode.UNPROTECTED)
+    into = Place.INTO
+    neighbours = [Rule(place=into, incoming=bridge, verdict=Verdict.ACCEPT)] if policy.icc else []
+    rest = Rule(place=into, verdict=Verdict.DROP)
+    if policy.internal or mode is Mode.ISOLATED:
+        leaving = Rule(place=Place.OUT, incoming=bridge, not_outgoing=bridge, verdict=Verdict.DROP)
+        return (*neighbours, rest, leaving)
+
+    found = [Rule(place=into, established=True, verdict=Verdict.ACCEPT), *neighbours]
+    if mode is Mode.UNPROTECTED:
+        found += [Rule(place=into, verdict=Verdict.ACCEPT)]
+    elif mode is Mode.ROUTED:
+        found += [Rule(place=into, icmp=True, verdict=Verdict.ACCEPT)]
+    for endpoint, ports in policy.published.items():
+        # One container's port may be published on several of the host's: opened once.
+        for protocol, address, port in dict.fromkeys((p.protocol, p.address, p.port) for p in ports):
+            if address.version == version and mode is not Mode.UNPROTECTED:
+                opened = partial(
+                    Rule,
+                    place=into,
+                    verdict=Verdict.ACCEPT,
+                    destination=address,
+                    protocol=protocol,
+                    port=port,
+                    endpoint=endpoint,
+                )
+                if nat:
+                    found += [opened(translated=True), *(opened(incoming=name) for name in policy.trusted)]
+                else:
+                    found += [opened(not_incoming=bridge)]
+    found += [rest, Rule(place=Place.OUT, incoming=bridge, verdict=Verdict.TO_OTHERS)]
+    if nat:
+        found += _translations(policy, version)
+    return tuple(found)
+
+
+def _translations(policy: Policy, version: int) -> list[Rule]:
+    found = [
+        Rule(
+            place=Place.DNAT,
+            destination=None if port.host_address.is_unspecified else port.host_address,
+            # What a container sends to its own published port comes to the host, and the relay sends it back: to
+            # return on the bridge's port that it came from, the port would need hairpin mode (reflective relay),
+            # in which a container gets its own multicasts back, and IPv6 finds every address duplicated.
+            not_source=port.address,
+            protocol=port.protocol,
+            port=port.host_port,
+            verdict=Verdict.DNAT,
+            to=(port.address, port.port),
+            endpoint=endpoint,
+        )
+        for endpoint, ports in policy.published.items()
+        for port in ports
+        # The kernel routes nothing from or to a loopback address: the relay does, as for the other IP version.
+        if port.address.version == version == port.host_address.version
+        and port.host_port
+        and not port.host_address.is_loopback
+    ]
+    source = next((address for address in policy.sources if address.version == version), None)
+    replaced = Verdict.MASQUERADE if source is None else Verdict.SNAT
+    for subnet in policy.subnets:
+        # 0.0.0.0/0 is the null IPAM driver's "no subnet", and would masquerade the host's own
+        if subnet.version == version and subnet.prefixlen:
+            # A neighbour's published port, reached by the host's address: the answer must come back through the host.
+            found += [
+                Rule(
+                    place=Place.SNAT,
+                    source=subnet,
+                    outgoing=policy.bridge,
+                    translated=True,
+                    verdict=Verdict.MASQUERADE,
+                )
+            ]
+            if policy.masquerade:
+                found += [
+                    Rule(place=Place.SNAT, source=subnet, not_outgoing=policy.bridge, verdict=replaced, to=source)
+                ]
+    return found

@@ -1,0 +1,67 @@
+"""Kernel parameters, below ``/proc/sys`` of the caller's network namespace.
+
+A name is written with slashes, as `sysctl` also takes it, since names of interfaces may have dots:
+``net/ipv4/conf/br-1/forwarding``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from netplugin_sdk.errors import DriverError, InvalidRequest
+
+_ROOT = Path("/proc/sys")
+
+
+class SysctlError(DriverError):
+    """A kernel parameter cannot be read or set: which one, and why."""
+
+
+def read(name: str) -> str | None:
+    """Its value, without white space around it; None if this kernel has no such parameter.
+
+    Raises `SysctlError` if it cannot be read.
+    """
+    path = _path(name)
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SysctlError(f"sysctl {name}: cannot read: {_reason(error)}") from error
+
+
+def ensure(name: str, value: str | int) -> str:
+    """Set it, unless it has this value already, which a read-only ``/proc/sys`` allows too.
+
+    Returns:
+        The value that it had before, to be remembered (`Network.attach`) by who wants to put it back.
+
+    Raises:
+        SysctlError: it is not there, or the kernel refuses.
+    """
+    before = read(name)
+    if before is None:
+        raise SysctlError(f"sysctl {name}: this kernel has no such parameter{_module(name)}")
+    if before != str(value):
+        try:
+            _path(name).write_text(str(value))
+        except OSError as error:
+            raise SysctlError(f"sysctl {name}: cannot set it from {before} to {value}: {_reason(error)}") from error
+    return before
+
+
+def _path(name: str) -> Path:
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or not name.isprintable():
+        raise InvalidRequest(f"{name!r} cannot be the name of a sysctl")
+    return _ROOT / name
+
+
+def _module(name: str) -> str:
+    return "; load it with: modprobe br_netfilter" if name.startswith("net/bridge/") else ""
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
