@@ -46,7 +46,7 @@ class Drawing:
     _parts: list[str] = field(default_factory=list)
 
     def title(self, text: str, detail: str) -> None:
-        self.height += 18
+        self.height += 20
         self._text(20, self.height, text, "title")
         x = WIDTH - 20.0
         for name, colour in reversed(list(zip(self.names, COLOURS, strict=True))):
@@ -92,18 +92,22 @@ class Drawing:
         """A panel of one line for each contestant; the labels of the groups are numbers and stand to scale."""
         plot = self._frame(box, title, [value for group in groups for value in group.values])
         last = max((float(group.label) for group in groups), default=1)
-        places = [plot.x + 8 + (plot.width - 22) * float(group.label) / last for group in groups]
+        places = [plot.x + 14 + (plot.width - 28) * float(group.label) / last for group in groups]
         for j, colour in enumerate(COLOURS):
-            points = [
-                (place, plot.bottom - value * plot.scale, value)
-                for place, group in zip(places, groups, strict=True)
-                if (value := group.values[j]) is not None
-            ]
-            path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
-            self._parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            for px, py, value in points:
-                self._parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>')
-                self._text(px, py - 6, figure(value), "small", anchor="middle")
+            points = []
+            for place, group in zip(places, groups, strict=True):
+                value, other = group.values[j], group.values[1 - j]
+                if value is None:
+                    continue
+                level = plot.bottom - value * plot.scale
+                points.append(f"{place:.1f},{level:.1f}")
+                self._parts.append(f'<circle cx="{place:.1f}" cy="{level:.1f}" r="3" fill="{colour}"/>')
+                # The figure of the upper line above it, that of the lower one below.
+                above = other is None or value > other or (value == other and j == 0)
+                self._text(place, level + (-6 if above else 14), figure(value), "small", anchor="middle")
+            self._parts.append(
+                f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            )
         for place, group in zip(places, groups, strict=True):
             self._text(place, plot.bottom + 14, group.label, "small", anchor="middle")
 
@@ -114,7 +118,7 @@ class Drawing:
         for line in lines:
             self.height += 14
             self._text(20, self.height, line, "small")
-        self.height += 8
+        self.height += 16
 
     def __str__(self) -> str:
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height + 8:.0f}" width="{WIDTH}">'
@@ -126,7 +130,7 @@ class Drawing:
         self._text(box.x, top + 14, title, "panel")
         plot = _Plot(box.x + 34, top + box.height - 30, box.width - 40, 0)
         ticks = _ticks(max((value for value in values if value is not None), default=1))
-        plot.scale = (box.height - 30 - 54) / ticks[-1]
+        plot.scale = (box.height - 30 - 50) / ticks[-1]
         for tick in ticks:
             level = plot.bottom - tick * plot.scale
             kind = "grid" if tick else "axis"

@@ -386,6 +386,7 @@ def one_burst(bench: Bench, contestant: str, count: int) -> tuple[float, float]:
 
 # ----------------------------------------------------------------------------------------------------------- scale
 
+ONE_MORE = ("network create", "start -p", "kill+rm -p", "network rm")
 PROBE_SUBNET = 16383  # the last of 10.64.0.0/10
 
 
@@ -398,6 +399,9 @@ def scale(bench: Bench) -> None:
     """One of the two containers of each network publishes a port."""
     most = bench.options.networks
     sizes = sorted({1, max(1, most // 4), max(1, most // 2), most})
+    for name in ONE_MORE:
+        for size in sizes:
+            bench.report.row("scale", name, at=size, paired=False)
     for contestant, driver in bench.drivers.items():
         bench.say(f"scale, {contestant}: nothing else is there")
         bench.docker.remove_all()
@@ -411,13 +415,12 @@ def scale(bench: Bench) -> None:
             bench.say(f"scale, {contestant}: measuring with {size} networks of {most}")
             for _ in range(SAMPLES):
                 for name, value in one_more(bench.docker, driver).items():
-                    bench.report.row("scale", name, at=size, paired=False).add(contestant, value)
+                    bench.report.row("scale", name, at=size).add(contestant, value)
         bench.say(f"scale, {contestant}: removing {most} networks")
         remove = bench.at_once([Emptying(i) for i in range(most)], 4)
         for name, value in (("fill, 4 callers", fill), ("empty, 4 callers", remove)):
             bench.report.row("scale", name, unit="s", at=most, paired=False).add(contestant, value / 1e3)
-    bench.report.rows.sort(key=lambda row: row.section == "scale" and (row.unit == "s", row.name))
-    for name in ("network create", "start -p", "kill+rm -p", "network rm"):
+    for name in ONE_MORE if len(sizes) > 1 else ():
         first, last = (bench.report.row("scale", name, at=size) for size in (sizes[0], sizes[-1]))
         growth = {
             contestant: f"{contestant} x{(last.median(contestant) or 0) / (first.median(contestant) or 1):.2f}"
@@ -686,7 +689,7 @@ def main() -> int:
         "--engine", action="append", choices=list(VERSIONS), help="version of Docker Engine; may be repeated (26.1)"
     )
     parser.add_argument("--rounds", type=int, default=30, help="of operations and of bursts of one container (30)")
-    parser.add_argument("--data-rounds", type=int, default=8, help="of data (8)")
+    parser.add_argument("--data-rounds", type=int, default=6, help="of data (6)")
     parser.add_argument("--seconds", type=int, default=2, help="of a throughput; a round trip has half of it (2)")
     parser.add_argument("--networks", type=int, default=200, help="at most, of scale (200)")
     parser.add_argument("--control", action="store_true", help="the bridge against itself: what noise looks like")

@@ -84,7 +84,7 @@ def _explain(reason: str, given: Mapping[str, str], options: type[DriverOptions]
     if name in given:
         wanted = reason.removesuffix(", got `str`").replace("`bool`", "true or false").replace("`", "")
         (kind,) = (field.type for field in msgspec.structs.fields(options) if field.encode_name == name)
-        if values := [str(value) for enumeration in _enums(kind) for value in enumeration]:
+        if values := [str(member.value) for enumeration in _enums(kind) for member in enumeration]:
             wanted = f"expected {', '.join(values[:-1])} or {values[-1]}"
         return f"option {name}={given[name]!r}: {wanted[:1].lower()}{wanted[1:]}"
     if match := _MISSING_FIELD.match(reason):

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
-def together(*steps: Callable[[], T]) -> list[T]:
+def together(*steps: Callable[[], object]) -> list[object]:
     """Run steps side by side and return their results: the kernel makes each of them wait, not work.
 
     All of them are run; then the first error is raised.
     """
     first, *others = steps
     with ThreadPoolExecutor(max(1, len(others))) as pool:
-        running = [pool.submit(step) for step in others]
+        try:
+            running = [pool.submit(step) for step in others]
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            return [step() for step in steps]
         mine = first()
     return [mine, *(step.result() for step in running)]

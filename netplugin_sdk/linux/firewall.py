@@ -79,10 +79,13 @@ def close() -> None:
 class Backend(Protocol):
     """What writes rules down."""
 
-    pids: Collection[int]
-    """Processes that made its latest changes."""
-    announced: bool
-    """Whether the kernel tells of changes."""
+    @property
+    def pids(self) -> Collection[int]:
+        """Processes that made its latest changes."""
+
+    @property
+    def announced(self) -> bool:
+        """Whether the kernel tells of changes."""
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
         """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
@@ -101,69 +104,96 @@ class _Keeper:
 
     def __init__(self) -> None:
         self.chosen: BackendName | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._policies: dict[str, Policy] = {}
+        self._in_force: dict[str, Policy] = {}  # answered, and nothing asked since
         self._asked: dict[str, list[Future[None]]] = {}
         self._thread: threading.Thread | None = None
         self._wake = -1
         self._closing = False
 
     def submit(self, bridge: str, policy: Policy | None) -> None:
-        with self._lock:
-            before = self._policies.get(bridge)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closing)
+            done = self._ask(bridge)
+            before = self._in_force.pop(bridge, None)
             if policy is None:
                 self._policies.pop(bridge, None)
             else:
                 self._policies[bridge] = policy
-            # Behind another request for this bridge too: then it is not known yet what is in force.
-            wait = policy is None or before is None or bridge in self._asked or not _only_removes(before, policy)
-            done = self._ask(bridge)
+            wait = policy is None or before is None or not _only_removes(before, policy)
         if wait:
             done.result()
         else:
             done.add_done_callback(partial(_complain, bridge))
 
     def settle(self) -> None:
-        with self._lock:
-            done = self._ask("") if self._thread is not None else None
+        with self._changed:
+            done = self._ask("") if self._thread is not None and not self._closing else None
         if done is not None:
             done.result()
 
     def _ask(self, bridge: str) -> Future[None]:
+        if self._thread is None:
+            wake = os.eventfd(0, os.EFD_CLOEXEC)
+            thread = threading.Thread(target=self._run, args=(wake,), name="firewall", daemon=True)
+            try:
+                thread.start()
+            except BaseException:
+                os.close(wake)
+                raise
+            self._thread, self._wake = thread, wake
         done: Future[None] = Future()
         self._asked.setdefault(bridge, []).append(done)
-        if self._thread is None:
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            self._thread = threading.Thread(target=self._run, name="firewall", daemon=True)
-            self._thread.start()
         os.eventfd_write(self._wake, 1)
         return done
 
     def close(self) -> None:
-        with self._lock:
-            thread, self._closing = self._thread, True
-            if thread is not None:
+        with self._changed:
+            if (thread := self._thread) is not None:
+                self._closing = True
                 os.eventfd_write(self._wake, 1)
+                self._changed.wait_for(lambda: self._thread is not thread)
+            self._policies.clear()
         if thread is not None:
             thread.join()
-            os.close(self._wake)
-        self._thread, self._closing = None, False
-        self._policies.clear()
 
-    def _run(self) -> None:
+    def _run(self, wake: int) -> None:
+        reason: Exception = FirewallError("firewall: it was closed meanwhile")
+        try:
+            self._watch(wake)
+        except Exception as error:
+            _log.exception("firewall: the next change will start anew")
+            reason = FirewallError(f"firewall: {error}")
+            reason.__cause__ = error
+        finally:
+            with self._changed:
+                os.close(wake)
+                left, self._asked = self._asked, {}
+                self._in_force.clear()
+                self._thread, self._closing = None, False
+                self._changed.notify_all()
+            for futures in left.values():
+                for future in futures:
+                    future.set_exception(reason)
+
+    def _watch(self, wake: int) -> None:
         backend: Backend | None = None
         look_at = math.inf
         with _Announcements() as announcements:
+            poll = select.poll()
+            poll.register(wake, select.POLLIN)
+            poll.register(announcements, select.POLLIN)
             while True:
-                timeout = None if look_at == math.inf else max(0.0, look_at - time.monotonic())
-                ready, _, _ = select.select([self._wake, announcements], [], [], timeout)
-                if announcements in ready and announcements.of_others(backend.pids if backend else ()):
-                    if backend is not None:
-                        backend.forget()
+                seconds = look_at - time.monotonic()
+                ready = dict(poll.poll(None if look_at == math.inf else max(0.0, seconds * 1000)))
+                if wake in ready:
+                    os.eventfd_read(wake)
+                others = announcements.of_others(backend.pids if backend else ())
+                if others and backend is not None:
+                    backend.forget()
                     look_at = min(look_at, time.monotonic() + self._QUIET)
-                if self._wake in ready:
-                    os.eventfd_read(self._wake)
-                with self._lock:
+                with self._changed:
                     asked, self._asked = self._asked, {}
                     policies = dict(self._policies)
                     closing = self._closing
@@ -183,9 +213,12 @@ class _Keeper:
     ) -> Backend | None:
         try:
             backend = backend or _BACKENDS[self.chosen or _detect()]()
-            failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
+            _, failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
         except Exception as error:
             failed = dict.fromkeys(asked, error)
+        with self._changed:
+            for bridge in asked.keys() & policies.keys() - failed.keys() - self._asked.keys():
+                self._in_force[bridge] = policies[bridge]
         for bridge, futures in asked.items():
             for future in futures:
                 if bridge in failed:
@@ -203,34 +236,31 @@ def _detect() -> BackendName:
 
 
 def _only_removes(before: Policy, after: Policy) -> bool:
-    """Whether nothing new would be allowed or refused but for want of rules."""
-    return before.versions == after.versions and all(
+    """Whether all rules of the one are among those of the other."""
+    return (before.versions, before.network) == (after.versions, after.network) and all(
         set(rules(after, version)) <= set(rules(before, version)) for version in after.versions
     )
 
 
-def _apply(backend: Backend, changes: Mapping[str, Policy | None]) -> dict[str, Exception]:
-    """Apply them together; if that fails, one by one. Returns which failed, and why."""
+def _apply(backend: Backend, changes: Mapping[str, Policy | None]) -> tuple[bool, dict[str, Exception]]:
+    """Apply them together; if that fails, one by one. Whether anything was changed; and which failed, and why."""
     if not changes:
-        return {}
+        return False, {}
     try:
-        backend.apply(changes)
+        return backend.apply(changes), {}
     except Exception as error:
         if len(changes) == 1:
-            return dict.fromkeys(changes, error)
-        failed = {}
-        for bridge, policy in changes.items():
-            failed |= _apply(backend, {bridge: policy})
-        return failed
-    return {}
+            return False, dict.fromkeys(changes, error)
+    parts = [_apply(backend, {bridge: policy}) for bridge, policy in changes.items()]
+    return any(changed for changed, _ in parts), {bridge: error for _, each in parts for bridge, error in each.items()}
 
 
 def _repair(backend: Backend, policies: dict[str, Policy]) -> None:
-    try:
-        if policies and backend.apply(policies):
-            _log.warning("firewall: rules of ours were changed by others and are put back")
-    except Exception as error:
-        _log.error("firewall: rules of ours were changed by others and cannot be put back: %s", error)
+    changed, failed = _apply(backend, policies)
+    if changed:
+        _log.warning("firewall: rules of ours were changed by others and are put back")
+    for bridge, error in failed.items():
+        _log.error("firewall: rules of %s were changed by others and cannot be put back: %s", bridge, error)
 
 
 def _complain(bridge: str, done: Future[None]) -> None:

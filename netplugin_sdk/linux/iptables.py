@@ -9,8 +9,8 @@ after the user's rules, which therefore win, and before the plain RETURN that En
 
     filter  FORWARD → DOCKER-USER: the user's rules → NETPLUGIN: -o br-2 → NETPLUGIN-br-2: Place.INTO of br-2
                                                                  -o br-1 → NETPLUGIN-br-1: Place.INTO of br-1
-                                                                 -i br-1 → NETPLUGIN-OUT: Docker's own bridges, ACCEPT
-                                                                 -i br-2 → NETPLUGIN-OUT
+                                                                 -i br-1 → NETPLUGIN_OUT: Docker's own bridges, ACCEPT
+                                                                 -i br-2 → NETPLUGIN_OUT
     nat     PREROUTING, OUTPUT: to the host's addresses → NETPLUGIN: Place.DNAT of all
             POSTROUTING: Place.SNAT of all
 
@@ -44,7 +44,7 @@ _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
 
 _USERS = "DOCKER-USER"
 _OURS = "NETPLUGIN"
-_OUT = "NETPLUGIN-OUT"
+_OUT = "NETPLUGIN_OUT"  # no bridge's: their chains begin with "NETPLUGIN-"
 _ISOLATION = ("DOCKER-BRIDGE", "DOCKER-ISOLATION-STAGE-2")
 """Chains in which Docker refuses what goes to its own bridges: engines ≥ 28, and before."""
 
@@ -127,7 +127,7 @@ class Lines:
                 lines.snat.append(rule)
         prefix = f"{_OURS}-"
         for (table, chain), held in chains.items():
-            if table == "filter" and chain.startswith(prefix) and chain != _OUT:
+            if table == "filter" and chain.startswith(prefix):
                 found.setdefault(chain.removeprefix(prefix), Lines()).into = held
         return found
 
@@ -282,7 +282,7 @@ def parse(saved: str) -> _Chains:
         elif line.startswith(":"):
             chains[table, line[1:].split()[0]] = []
         elif line.startswith("-A "):
-            _, chain, rule = line.split(" ", 2)
+            chain, _, rule = line[3:].partition(" ")
             chains[table, chain].append(rule)
     return chains
 
@@ -291,7 +291,7 @@ def text(*changes: Mapping[_Table, list[str]]) -> str:
     """The input of iptables-restore for all these changes; empty if there are none."""
     found = ""
     for table in ("filter", "nat"):
-        if lines := [line for change in changes for line in change.get(table, ())]:  # type: ignore[call-overload]
+        if lines := [line for change in changes for line in change.get(table, ())]:
             found += "\n".join((f"*{table}", *lines, "COMMIT\n"))
     return found
 
@@ -317,7 +317,11 @@ class Backend:
         """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
         if not self.announced:
             self.forget()
-        return any(together(*(partial(family.apply, policies) for family in self._families)))
+        # No other process's change between the look and the change: rules belong to a network namespace, and its
+        # own file is one inode for whoever is in it.
+        with Path("/proc/thread-self/ns/net").open("rb") as namespace:
+            fcntl.flock(namespace, fcntl.LOCK_EX)
+            return any(together(*(partial(family.apply, policies) for family in self._families)))
 
 
 class _Family:
@@ -327,30 +331,35 @@ class _Family:
         self._version = version
         self._command = "iptables" if version == 4 else "ip6tables"
         self._pids = pids
+        self._own: set[str] = set()  # bridges of this process
         self.known: dict[str, Lines] | None = None
-        """What each bridge has; None where it is not known."""
+        """What each bridge has, of all processes; None where it is not known."""
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
-        wanted: dict[str, Lines | None] = {}
-        for bridge, policy in policies.items():
-            if policy is None:
-                wanted[bridge] = None
-            elif self._version in policy.versions:
-                wanted[bridge] = Lines.of(policy, self._version)
-        # No other process's change between the look and the change: rules belong to a network namespace, and its
-        # own file is one inode for whoever is in it.
-        with Path("/proc/thread-self/ns/net").open("rb") as namespace:
-            fcntl.flock(namespace, fcntl.LOCK_EX)
-            return bool(wanted) and (self._quick(wanted) or self._slow(wanted))
+        """As `Backend.apply`."""
+        wanted = {
+            bridge: Lines.of(policy, self._version) if policy and self._version in policy.versions else None
+            for bridge, policy in policies.items()
+        }
+        removes = not any(wanted.values())
+        if removes and self.known is not None and not self.known.keys() & wanted.keys():
+            return False
+        try:
+            return self._quick(wanted) or self._slow(wanted)
+        except (FirewallError, Unavailable):
+            self.known = None
+            if removes and not all(policy is None for policy in policies.values()):
+                return False  # networks of the other family only, on a host that may lack this one
+            raise
 
     def _quick(self, wanted: Mapping[str, Lines | None]) -> bool:
         """Change it without a look. False if it cannot be done so."""
         known = self.known
-        if not known or not (known.keys() - wanted.keys() or any(wanted.values())):
-            return False  # what all bridges share is to be made, or to be removed
-        change = text(*(edit(bridge, known.get(bridge, Lines()), new) for bridge, new in wanted.items()))
+        # Only while there is a bridge of ours, before and after: what all bridges share stays then.
+        if known is None or not self._own or not (self._own - wanted.keys() or any(wanted.values())):
+            return False
         try:
-            self._restore(change)
+            self._restore(text(*(edit(bridge, known.get(bridge, Lines()), new) for bridge, new in wanted.items())))
         except FirewallError:
             return False
         self._note(known, wanted)
@@ -359,8 +368,7 @@ class _Family:
     def _slow(self, wanted: Mapping[str, Lines | None]) -> bool:
         """Look, and change it. False if it was so."""
         known, change = self._look(wanted)
-        if not change:
-            return False
+        changed = bool(change)
         while change:
             try:
                 self._restore(change)
@@ -372,24 +380,26 @@ class _Family:
                 if change == before:
                     raise
         self._note(known, wanted)
-        return True
+        return changed
 
     def _look(self, wanted: Mapping[str, Lines | None]) -> tuple[dict[str, Lines], str]:
         """What is there, and the input of iptables-restore that makes it so; empty if it is so."""
         chains = parse(_run(self._pids, f"{self._command}-save"))
-        known = self.known = Lines.parse(chains)
+        known = Lines.parse(chains)
         edits = [edit(bridge, known.get(bridge, Lines()), new) for bridge, new in wanted.items()]
         if known.keys() - wanted.keys() or any(wanted.values()):
             return known, text(hook(chains, self._version), *edits)
         return known, text(*edits, unhook(chains, self._version))
 
-    @staticmethod
-    def _note(known: dict[str, Lines], wanted: Mapping[str, Lines | None]) -> None:
+    def _note(self, known: dict[str, Lines], wanted: Mapping[str, Lines | None]) -> None:
         for bridge, lines in wanted.items():
             if lines is None:
                 known.pop(bridge, None)
+                self._own.discard(bridge)
             else:
                 known[bridge] = lines
+                self._own.add(bridge)
+        self.known = known
 
     def _restore(self, change: str) -> None:
         if change:

@@ -99,7 +99,8 @@ def text(policy: Policy) -> str:
                 "fib daddr type local jump publish",
             ],
             "output": [
-                "type nat hook output priority -100; policy accept;",
+                # Not by its name: some versions of nft print "dstnat" here, and some -100.
+                "type nat hook output priority -80; policy accept;",
                 "ip daddr 127.0.0.0/8 return",
                 "ip6 daddr ::1 return",
                 "fib daddr type local jump publish",
@@ -145,7 +146,7 @@ def _line(rule: Rule, policy: Policy, version: int) -> str:
         parts.append("ct state established,related")
     if rule.translated:
         parts.append("ct status dnat")
-    if rule.source is rule.not_source is rule.destination is None:
+    if not (rule.source or rule.not_source or rule.destination):
         parts.insert(0, f"meta nfproto ipv{version}")
     network = f" network {policy.network}" if policy.network else ""
     endpoint = f" endpoint {rule.endpoint}" if rule.endpoint else ""
@@ -169,7 +170,12 @@ def _verdict(rule: Rule, ip: str) -> str:
 def _run(pids: deque[int], *arguments: str, stdin: str = "") -> str:
     try:
         process = subprocess.Popen(
-            ["nft", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ["nft", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",  # comments of other rules may hold any bytes
         )
     except FileNotFoundError as error:
         raise Unavailable("firewall: no nft here: install the package nftables") from error
@@ -177,5 +183,7 @@ def _run(pids: deque[int], *arguments: str, stdin: str = "") -> str:
         pids.append(process.pid)
         output, errors = process.communicate(stdin)
     if process.returncode:
-        raise FirewallError(f"firewall: {errors.strip() or f'nft: status {process.returncode}'}")
+        # It repeats each line with marks below.
+        said = "; ".join(line.partition("Error: ")[2] for line in errors.splitlines() if "Error: " in line) or errors
+        raise FirewallError(f"firewall: {said.strip() or f'nft: status {process.returncode}'}")
     return output

@@ -25,7 +25,8 @@ from netplugin_sdk.linux.ports import Published
 # Tighter than the kernel: what would mean something else in a rule (quotes, a trailing "+", which is a wildcard) is
 # not a name here. 15 bytes leave room in a chain's name, which has at most 28.
 _INTERFACE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@=-]{0,14}")
-_LABEL = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+# 40 bytes: two of them, and the rest of a comment, make the 128 that nft takes.
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{0,40}")
 
 
 class FirewallError(DriverError):
@@ -82,6 +83,12 @@ class Policy:
         for label in (self.network, *self.published):
             if not _LABEL.fullmatch(label):
                 raise InvalidRequest(f"{label!r} cannot be a label in a firewall rule")
+        ports = [port for ports in self.published.values() for port in ports]
+        for address in (*self.sources, *(port.address for port in ports), *(port.host_address for port in ports)):
+            # A scope id is any text; programs print IPv4-mapped addresses in ways of their own.
+            if address.version == 6 and (address.scope_id or address.ipv4_mapped):
+                raise InvalidRequest(f"{address} cannot be an address in a firewall rule")
+        object.__setattr__(self, "published", dict(self.published))  # nobody else changes it
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -160,13 +167,13 @@ def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
 
     found = [Rule(place=into, established=True, verdict=Verdict.ACCEPT), *neighbours]
     if mode is Mode.UNPROTECTED:
-        found += [Rule(place=into, verdict=Verdict.ACCEPT)]
+        found += [Rule(place=into, not_incoming=bridge, verdict=Verdict.ACCEPT)]
     elif mode is Mode.ROUTED:
-        found += [Rule(place=into, icmp=True, verdict=Verdict.ACCEPT)]
+        found += [Rule(place=into, not_incoming=bridge, icmp=True, verdict=Verdict.ACCEPT)]
     for endpoint, ports in policy.published.items():
         # One container's port may be published on several of the host's: opened once.
         for protocol, address, port in dict.fromkeys((p.protocol, p.address, p.port) for p in ports):
-            if address.version == version and mode is not Mode.UNPROTECTED:
+            if address.version == version:
                 opened = partial(
                     Rule,
                     place=into,

@@ -64,8 +64,8 @@ def test_an_internal_network_stays_within(engine: PrivateEngine) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("mtu=67", "option mtu='67': expected int >= 68; known options: mtu"),
-        ("mtu=big", "option mtu='big': expected int; known options: mtu"),
+        ("mtu=67", "option mtu='67': expected int >= 68"),
+        ("mtu=big", "option mtu='big': expected int"),
         ("vlan=7", "unknown option 'vlan'; known options: mtu"),
     ],
 )

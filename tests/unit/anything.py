@@ -27,6 +27,7 @@ from netplugin_sdk import (
     MacAddress,
     Network,
     NetworkDriver,
+    NetworkOptions,
     Node,
     Plugin,
     Pool,
@@ -95,7 +96,7 @@ class AnyNetwork(NetworkDriver[Options]):
     def revoke_external_connectivity(self, network: Network[Options], endpoint: Endpoint) -> None:
         _ = endpoint.external
 
-    def gw_alloc_check(self, options: Options) -> SkipGateway:
+    def gw_alloc_check(self, options: Options, request: NetworkOptions) -> SkipGateway:
         return SkipGateway(ipv4=options.mode is Mode.L2)
 
     def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:

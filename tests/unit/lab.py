@@ -16,6 +16,7 @@ from netplugin_sdk import (
     MacAddress,
     Network,
     NetworkDriver,
+    NetworkOptions,
     Node,
     Plugin,
     Sandbox,
@@ -161,7 +162,7 @@ class Everything(Publisher):
         self.called("endpoint_oper_info", endpoint)
         return {"addresses": endpoint.addresses, "mac": endpoint.mac_address, "ports": endpoint.options.port_map}
 
-    def gw_alloc_check(self, options: Options) -> SkipGateway:
+    def gw_alloc_check(self, options: Options, request: NetworkOptions) -> SkipGateway:
         self.called(f"gw_alloc_check mtu={options.mtu}")
         return SkipGateway(ipv4=options.parent is not None)
 

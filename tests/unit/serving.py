@@ -380,7 +380,7 @@ class Echo(NetworkDriver):
     def delete_endpoint(self, network, endpoint): pass
     def join(self, network, endpoint, sandbox): return Join()
     def leave(self, network, endpoint): pass
-    def gw_alloc_check(self, options): raise DriverError("the driver says no")
+    def gw_alloc_check(self, options, request): raise DriverError("the driver says no")
 
 arguments = json.loads(sys.argv[1])
 limits = arguments.pop("limits", None)

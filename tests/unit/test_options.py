@@ -121,8 +121,8 @@ def test_a_text_becomes_the_fields_type(option: str, text: str, attribute: str, 
         ("isolated", "yes", "expected true or false"),
         ("isolated", "", "expected true or false"),
         ("rate", "fast", "expected float"),
-        ("mode", "nat", "invalid enum value 'nat'"),
-        ("level", "3", "invalid enum value 3"),
+        ("mode", "nat", "expected bridge or routed"),
+        ("level", "3", "expected 1 or 2"),
         ("name", "eth0", "expected str matching regex '^[a-z]+$'"),
         ("address", "fd00::1", "expected 4 octets in 'fd00::1'"),
         ("subnet", "192.0.2.1/24", "192.0.2.1/24 has host bits set"),
@@ -132,7 +132,7 @@ def test_a_text_becomes_the_fields_type(option: str, text: str, attribute: str, 
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_its_option(option: str, text: str, reason: str) -> None:
-    assert refusal(Known, {"rate": "1", option: text}) == f"option {option}={text!r}: {reason}; {ALL}"
+    assert refusal(Known, {"rate": "1", option: text}) == f"option {option}={text!r}: {reason}"
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
@@ -173,7 +173,7 @@ class Lenient(DriverOptions, forbid_unknown_fields=False):
 
 def test_a_driver_can_accept_what_it_does_not_know() -> None:
     assert Lenient.parse({"vlan": "3", "whatever": "1"}) == Lenient(vlan=3)
-    assert refusal(Lenient, {"vlan": "x"}) == "option vlan='x': expected int; known options: vlan"
+    assert refusal(Lenient, {"vlan": "x"}) == "option vlan='x': expected int"
 
 
 class EitherVersion(DriverOptions):
@@ -193,7 +193,7 @@ def test_any_options_are_parsed_or_refused(given: dict[str, str]) -> None:
     try:
         assert isinstance(Known.parse(given), Known)
     except InvalidOption as error:
-        assert str(error).endswith(ALL)  # noqa: PT017
+        assert str(error).startswith("option ") or str(error).endswith(ALL)  # noqa: PT017
 
 
 # Where a driver says which

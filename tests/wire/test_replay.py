@@ -28,6 +28,7 @@ from netplugin_sdk import (
     Join,
     Network,
     NetworkDriver,
+    NetworkOptions,
     Plugin,
     Pool,
     PoolRequest,
@@ -157,7 +158,7 @@ class RecordedNetworks(NetworkDriver[Options]):
 class Checking(RecordedNetworks):
     """As the recorded plugin, which every engine was told to ask about gateways; those before 28 do not."""
 
-    def gw_alloc_check(self, options: Options) -> SkipGateway:
+    def gw_alloc_check(self, options: Options, request: NetworkOptions) -> SkipGateway:
         self.notes.append(("NetworkDriver.GwAllocCheck", {}))
         return SkipGateway()
 
@@ -273,7 +274,10 @@ def test_a_recorded_conversation(recording: str, tmp_path: Path, caplog: pytest.
     def start() -> Plugin:
         networks = Checking(notes)
         drivers = (networks, RecordedAddresses(notes)) if recording.endswith("-ipam") else (networks,)
-        return Plugin(*drivers, state=tmp_path)
+        before = len(notes)
+        plugin = Plugin(*drivers, state=tmp_path)
+        del notes[before:]  # what the plugin restored
+        return plugin
 
     plugin = start()
     for line in lines(recording):

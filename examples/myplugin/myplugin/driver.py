@@ -1,7 +1,7 @@
 """One Linux bridge per network, one veth pair per endpoint: what Docker's bridge driver does, option by option."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,11 +81,12 @@ class BridgeDriver(NetworkDriver[Options]):
         """Remove the rules, and the bridge unless it was there before."""
         bridge = _bridge(network)
         device = network.attached(Device)
-        steps = [partial(firewall.delete, bridge)]
-        if device is not None and not device.adopted:
-            steps.append(partial(_delete, bridge))
-        if device is not None:  # else nothing was made, and the name may be another network's
-            together(*steps)
+        if device is None:
+            return  # nothing was made, and the name may be another network's
+        steps: list[Callable[[], object]] = [partial(firewall.delete, bridge)]
+        if not device.adopted:
+            steps.append(partial(links.delete, bridge))
+        together(*steps)
 
     # ------------------------------------------------------------------------------------------------ endpoints
 
@@ -190,9 +191,9 @@ def _published(endpoint: Endpoint) -> tuple[Published, ...]:
 
 def _bridge_addresses(network: Network[Options]) -> Iterator[IPInterface]:
     for gateway in network.gateways:
-        if _mode(network, gateway.version) is not Mode.ISOLATED:
-            if gateway.version == 6 or not network.options.inhibit_ipv4:
-                yield gateway
+        inhibited = gateway.version == 4 and network.options.inhibit_ipv4
+        if not inhibited and _mode(network, gateway.version) is not Mode.ISOLATED:
+            yield gateway
 
 
 def _gateways(network: Network[Options]) -> Iterator[IPInterface]:
@@ -254,7 +255,3 @@ def _set_sysctls(network: Network[Options], bridge: str) -> None:
 def _forward(sysctl: str) -> None:
     if sysctls.ensure(sysctl, 1) != "1":
         _log.warning("%s was 0 and is 1 now: containers are reached through this host", sysctl)
-
-
-def _delete(bridge: str) -> None:
-    links.delete(bridge)

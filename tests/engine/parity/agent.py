@@ -6,7 +6,8 @@ Usage: ``agent.py SOCKET``. It answers one JSON line with one JSON line, on a un
 * ``{"do": "ask", "patience": S, "probes": [[NS, KIND, HOST, PORT], …]}``: all at once; for each ``[NAME, ADDRESS, ""]``
   as a server told it, or ``["", "", WHY]``;
 * ``{"do": "bind", "probes": [[NS, KIND, HOST, PORT], …]}``: bind and close; for each "" or the error;
-* ``{"do": "stop"}``: end all servers.
+* ``{"do": "heard"}``: who asked which server, as ``[NAME, ADDRESS]``, whether or not the answer came back;
+* ``{"do": "stop"}``: end all servers, forget who asked.
 
 NS is a path (``/proc/PID/ns/net``), or "" for the engine's own. KIND is tcp, udp, sctp or ping. SCTP is one INIT chunk,
 answered with an INIT ACK, over a raw socket: it needs no SCTP in the kernel, and netfilter takes it for an association.
@@ -55,6 +56,7 @@ def family_of(host: str) -> socket.AddressFamily:
 
 selector = selectors.DefaultSelector()
 lock = threading.Lock()
+heard: list[tuple[str, str]] = []
 
 
 def serve(where: str, name: str, ports: list[tuple[str, int]]) -> None:
@@ -82,6 +84,7 @@ def tcp_server(family: socket.AddressFamily, port: int) -> tuple[socket.socket, 
 
 def tcp_answer(listener: socket.socket, name: str) -> None:
     caller, address = listener.accept()
+    heard.append((name, address[0]))
     with caller:
         caller.sendall(f"{name} {address[0]}".encode())
 
@@ -103,6 +106,7 @@ IP_PKTINFO = 8
 def udp_answer(listener: socket.socket, name: str) -> None:
     # The answer comes from the address that was asked, as a server with several addresses has to do it.
     _, ancillary, _, address = listener.recvmsg(100, 1000)
+    heard.append((name, address[0]))
     answers: list[tuple[int, int, bytes]] = []
     for level, kind, data in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
@@ -314,7 +318,10 @@ def answer(request: dict[str, Any]) -> Any:
             return all_at_once(ask, [(*probe, request["patience"]) for probe in request["probes"]])
         case "bind":
             return all_at_once(try_to_bind, [tuple(probe) for probe in request["probes"]])
+        case "heard":
+            return heard
         case "stop":
+            heard.clear()
             stop()
     return None
 

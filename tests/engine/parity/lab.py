@@ -349,13 +349,23 @@ class Lab:
         def settled(where: str) -> bool:
             return not self.host("ip", "-6", "-brief", "address", "show", "tentative", where=where)
 
-        for where in (HOST, *containers):
-            with contextlib.suppress(TimeoutError):
-                wait_until(lambda where=where: settled(where), 5, every=0.1)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: all(settled(where) for where in (HOST, *containers)), 8, every=0.1)
 
     def state(self) -> str:
         """Devices, rules, addresses, routes and listening sockets of the engine's host, to be compared."""
         return state_of_host(self.engine)
+
+    def left(self, before: str) -> list[str]:
+        """What is there since `state` was asked (``+ …``) or not any more (``- …``); nothing, within 5 s.
+
+        The kernel takes down a namespace, and the veth in it, up to a second after docker has answered.
+        """
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: self.state() == before, 5, every=0.05)
+        was, now = before.splitlines(), self.state().splitlines()
+        changed = [f"- {line}" for line in was if line not in now] + [f"+ {line}" for line in now if line not in was]
+        return changed or ([] if was == now else ["another order"])
 
     def defer(self, undo: Callable[[], object]) -> None:
         """Something to do at the row's end, before the containers are removed; the last is done first."""
@@ -386,6 +396,10 @@ class Lab:
     def ask(self, where: str, target: Target, patience: float = 0) -> Answer:
         """Ask one."""
         return self.survey({"": (where, target)}, patience)[""]
+
+    def heard(self, name: str) -> list[str]:
+        """Addresses of those who asked the TCP and UDP servers of that name, whether or not the answer came back."""
+        return sorted({peer for server, peer in self._agent.do(do="heard") if server == name.replace(" ", "-")})
 
     def cannot_bind(self, where: str, *targets: Target) -> list[str]:
         """For each, why a process there cannot listen on it, or nothing if it can."""
@@ -637,7 +651,7 @@ class Both:
             if driver != "bridge":
                 self._plugin = lab.plugin
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: state_of_host(self.engine) == before, 3, every=0.1)
+                wait_until(lambda: state_of_host(self.engine) == before, 5, every=0.05)
             if (after := state_of_host(self.engine)) != before:
                 gone, left = set(before.splitlines()), set(after.splitlines())
                 outcome.problems.append(f"{driver} left {sorted(left - gone)}, took away {sorted(gone - left)}")

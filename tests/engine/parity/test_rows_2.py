@@ -31,7 +31,7 @@ from .lab import (
 )
 
 BRIDGE = "com.docker.network.bridge"
-ANSWER = ("nc", "-ll", "-p", "80", "-e", "echo")
+ANSWER = ("nc", "-ll", "-p", "80", "-e", "printf")
 """Command of a container that answers each connection to port 80 with the word that follows."""
 
 
@@ -147,7 +147,7 @@ def modes(mode: str, **more: object) -> Facts:
     "P17",
     "nat, nat-unprotected and routed: from outside by direct routing, by the host's port, and outbound",
     {
-        **modes("nat", **NOTHING_DIRECT, host_port="nat", outbound="host", neighbour="nat", host="nat"),
+        **modes("nat", **NOTHING_DIRECT, host_port="nat", outbound="host", host="nat"),
         **modes(
             "nat-unprotected",
             ping=True,
@@ -155,7 +155,6 @@ def modes(mode: str, **more: object) -> Facts:
             unpublished=True,
             host_port="nat-unprotected",
             outbound="host",
-            neighbour="nat-unprotected",
             host="nat-unprotected",
         ),
         **modes(
@@ -165,9 +164,10 @@ def modes(mode: str, **more: object) -> Facts:
             unpublished=False,
             host_port="",
             outbound="routed",
-            neighbour="routed",
             host="routed",
         ),
+        **modes("nat-unprotected", **{"from nat, published": False, "from nat, unpublished": False}),
+        **modes("routed", **{"from nat, published": True, "from nat, unpublished": False}),
         "routed takes the host's port": False,
     },
     since="28.0",
@@ -184,7 +184,6 @@ def test_p17_modes(lab: Lab) -> Facts:
             name=f"net-{mode}",
         )
         lab.run(mode, "-p", f"808{number}:80", network=f"net-{mode}")
-        lab.run(f"beside-{mode}", network=f"net-{mode}")
         lab.serve(mode, "tcp 80", "tcp 81")
         lab.route_outside(f"10.17.{number}.0/24")
         lab.route_outside(f"fd17:{number}::/64")
@@ -201,7 +200,9 @@ def test_p17_modes(lab: Lab) -> Facts:
             probes[f"{of} unpublished"] = OUTSIDE, tcp(address, 81)
             probes[f"{of} host_port"] = OUTSIDE, tcp(host, 8080 + number)
             probes[f"{of} outbound"] = mode, tcp(outside, 4000)
-            probes[f"{of} neighbour"] = f"beside-{mode}", tcp(address, 81)
+            if mode != "nat":
+                probes[f"{of} from nat, published"] = "nat", tcp(address, 80)
+                probes[f"{of} from nat, unpublished"] = "nat", tcp(address, 81)
             probes[f"{of} host"] = HOST, tcp(address, 81)
     facts: Facts = {}
     for fact, answer in lab.survey(probes).items():
@@ -337,7 +338,7 @@ def test_p17_refused(lab: Lab) -> Facts:
         "host": False,
         "outbound": False,
         "dual stack addresses": ["fd18:2::1/64"],
-        "dual stack IPv6 outbound": "host",
+        "dual stack IPv6": "host",
         "false": ["10.18.3.1/24"],
         "maybe": True,
     },
@@ -350,13 +351,12 @@ def test_p18_inhibit(lab: Lab) -> Facts:
     lab.network("--subnet", "10.18.3.0/24", *option("inhibit_ipv4", "false"), name="plain")
     lab.together(lambda: lab.run("one"), lambda: lab.run("two"), lambda: lab.run("three", network="dual"))
     lab.serve("two", "tcp 80")
-    lab.serve(OUTSIDE, "tcp 4000")
+    lab.serve(HOST, "tcp 4000", name="host")
     seen = lab.survey(
         {
             "neighbours": ("one", tcp(lab.address("two"), 80)),
             "host": (HOST, tcp(lab.address("two"), 80)),
             "outbound": ("one", ping(OUTSIDE_ADDRESS)),
-            "six": ("three", tcp(OUTSIDE_ADDRESS_6, 4000)),
         }
     )
     return {
@@ -367,7 +367,7 @@ def test_p18_inhibit(lab: Lab) -> Facts:
         "host": bool(seen["host"]),
         "outbound": bool(seen["outbound"]),
         "dual stack addresses": lab.addresses(lab.bridge("dual")),
-        "dual stack IPv6 outbound": lab.who(seen["six"].peer),
+        "dual stack IPv6": eventually(lab, "three", tcp("fd18:2::1", 4000), 3),
         "false": lab.addresses(lab.bridge("plain")),
         "maybe": says(lab.refused_network(*option("inhibit_ipv4", "maybe"), name="x"), f"{BRIDGE}.inhibit_ipv4", "maybe"),
     }
@@ -534,10 +534,7 @@ IN_USE = "Address already in use"
     {
         "taken": True,
         "taken IPv6": True,
-        "aux": True,
         "gateway": True,
-        "network": True,
-        "broadcast": True,
         "elsewhere": True,
         "subnet not of the user": True,
         "multicast MAC": True,
@@ -560,10 +557,7 @@ def test_p20_refused(lab: Lab) -> Facts:
     cases: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "taken": (("--ip", "10.20.0.9"), (IN_USE,)),
         "taken IPv6": (("--ip6", "fd20::9"), (IN_USE,)),
-        "aux": (("--ip", "10.20.0.5"), (IN_USE,)),
         "gateway": (("--ip", "10.20.0.254"), (IN_USE,)),
-        "network": (("--ip", "10.20.0.0"), (IN_USE,)),
-        "broadcast": (("--ip", "10.20.0.255"), (IN_USE,)),
         "elsewhere": (("--ip", "10.99.0.1"), ("10.99.0.1",)),
         "multicast MAC": (("--mac-address", "01:11:22:33:44:55"), ("01:11:22:33:44:55",)),
         "zero MAC": (("--mac-address", "00:00:00:00:00:00"), ("00:00:00:00:00:00",)),
@@ -653,13 +647,13 @@ def test_p21_used_again(lab: Lab) -> Facts:
         "neighbour IPv6": ("one", tcp("fd21::9", 80)),
         "host IPv6": (HOST, tcp("fd21::9", 80)),
     }
-    first = lab.survey(probes, 2)
+    first = {fact: eventually(lab, *probe, 4) for fact, probe in probes.items()}  # its bridge may be in DAD
     lab.docker("rm", "--force", "two")
     lab.run("three", *same)
     lab.serve("three", "tcp 80")
     then = lab.survey({**probes, "published": (OUTSIDE, tcp(ENGINE_ADDRESS, 8080))}, 1)
     return {
-        **{f"{fact} first": answer.by for fact, answer in first.items()},
+        **{f"{fact} first": answer for fact, answer in first.items()},
         **{f"{fact} then" if fact in first else fact: answer.by for fact, answer in then.items()},
     }
 
@@ -684,7 +678,7 @@ def test_p21_used_again(lab: Lab) -> Facts:
         "twice": True,
         "not there": True,
     },
-    on={"28.5": {}},
+    on={version: {"first network left": ["eth2"]} for version in ("20.10", "26.1")},
 )
 def test_p22_connect(lab: Lab) -> Facts:
     lab.together(lambda: lab.network(name="aa"), lambda: lab.network(name="bb"))
@@ -736,7 +730,7 @@ def test_p22_gateway(lab: Lab) -> Facts:
     )
     lab.run("one", "-p", "8080:80", network="bb", command=answers("one"))
     lab.serve(OUTSIDE, "tcp 4000")
-    wait_until(lambda: "*:80" in " ".join(lab.listening(where="one")) or ":80" in str(lab.listening(where="one")), 5)
+    eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
 
     def now() -> list[object]:
         published = lab.ask(OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
@@ -807,13 +801,9 @@ def test_p22_priority(lab: Lab) -> Facts:
     },
 )
 def test_p23_life(lab: Lab) -> Facts:
-    lab.network()
-    before = state_of_host(lab.engine)
-
     def start() -> None:
-        lab.run("one", "-p", "8080:80", "--ip6", "fd23::9", command=answers("one"))
+        lab.run("one", "-p", "8080:80", command=answers("one"))
 
-    lab.docker("network", "rm", "net")
     lab.network("--ipv6", "--subnet", "10.23.0.0/24", "--subnet", "fd23::/64")
     before = state_of_host(lab.engine)
     published = OUTSIDE, tcp(ENGINE_ADDRESS, 8080)
@@ -1296,9 +1286,7 @@ def test_p28_inspect(lab: Lab) -> Facts:
         *("--ipv6", "--subnet", "10.28.0.0/24", "--gateway", "10.28.0.1", "--subnet", "fd28::/64"),
         *("--gateway", "fd28::1", "--label", "key=value", "-o", "com.docker.network.driver.mtu=1400"),
     )
-    address = () if lab.version >= (28,) else ("--ip6", "fd28::2")
-    address = ("--ip", "10.28.0.2", "--ip6", "fd28::2") if not address else ("--ip", "10.28.0.2", *address)
-    lab.run("one", "-p", "8080:80", "--expose", "90/udp", *address)
+    lab.run("one", "-p", "8080:80", "--expose", "90/udp", "--ip", "10.28.0.2", "--ip6", "fd28::2")
     inspected, endpoint, network = lab.inspect("one"), lab.endpoint("one"), lab.inspect_network()
     mac = lab.link("eth0", "one")["address"]
     facts: Facts = {
@@ -1353,10 +1341,6 @@ OTHERS = (
 def write_sysctls(lab: Lab, values: dict[str, str]) -> None:
     script = "\n".join(f"echo {value} > /proc/sys/{name}" for name, value in values.items())
     lab.host("sh", "-c", f"set -e\n{script}")
-
-
-def change_sysctls(lab: Lab, **_: str) -> None:
-    raise NotImplementedError
 
 
 def change(lab: Lab, values: dict[str, str]) -> None:
@@ -1476,9 +1460,7 @@ def test_p29_forwarding(lab: Lab) -> Facts:
         "no icc": ["1", "0"],
         "no icc, IPv6": ["1", "1"],
         "one to two": False,
-        "one to two, IPv6": False,
     },
-    on={version: {"one to two, IPv6": True} for version in ("20.10", "26.1")},
 )
 def test_p29_filter(lab: Lab) -> Facts:
     def now() -> list[str]:
@@ -1486,8 +1468,6 @@ def test_p29_filter(lab: Lab) -> Facts:
 
     no_icc = option("enable_icc", "false")
     change(lab, {**dict.fromkeys((FORWARDING, *FORWARDING_6), "1"), **dict.fromkeys(FILTER, "0")})
-    for tool in ("iptables", "ip6tables"):
-        lab.host(tool, "-P", "FORWARD", "DROP")
     lab.network("--ipv6", "--subnet", "10.29.2.0/24", "--subnet", "fd29:2::/64")
     facts: Facts = {"icc": now()}
     lab.network(*no_icc, name="four")
@@ -1496,12 +1476,7 @@ def test_p29_filter(lab: Lab) -> Facts:
     facts["no icc, IPv6"] = now()
     lab.runs("one", "two", network="six")
     lab.serve("two", "tcp 80")
-    facts |= lab.reached(
-        {
-            "one to two": ("one", tcp(lab.address("two", "six"), 80)),
-            "one to two, IPv6": ("one", tcp(lab.address("two", "six", 6), 80)),
-        }
-    )
+    facts["one to two"] = bool(lab.ask("one", tcp(lab.address("two", "six"), 80)))
     return facts
 
 
@@ -1543,6 +1518,7 @@ def test_p30_trusted(lab: Lab) -> Facts:
         probes[f"trusted{family} unpublished"] = OUTSIDE, tcp(one, 81)
         probes[f"trusted{family} ping"] = OUTSIDE, ping(one)
         probes[f"not trusted{family} published"] = OUTSIDE, tcp(two, 80)
+        lab.ask(OUTSIDE, tcp(one, 80), 2)  # the first packet waits for the neighbour's MAC
     seen = lab.survey(probes)
     ports = [seen.pop("host port 1").by, seen.pop("host port 2").by]
     return {
@@ -1565,8 +1541,15 @@ def test_p30_trusted(lab: Lab) -> Facts:
         "a wrong one": True,
         "the network works": "one",
     },
-    on={"20.10": {"endpoint sysctls": ["0", "0"], "of a later connect": "0", "after restart": ["0", "0"], "a wrong one": "not refused"},
-        "26.1": {"endpoint sysctls": ["0", "0"], "of a later connect": "0", "after restart": ["0", "0"], "a wrong one": "not refused"}},
+    on=dict.fromkeys(
+        ("20.10", "26.1"),
+        {
+            "endpoint sysctls": ["0", "0"],
+            "of a later connect": "0",
+            "after restart": ["0", "0"],
+            "a wrong one": "not refused",
+        },
+    ),
 )
 def test_p31_sysctls(lab: Lab) -> Facts:
     def endpoint(value: str, name: str = "net") -> str:
@@ -1597,7 +1580,10 @@ def test_p31_sysctls(lab: Lab) -> Facts:
     "P31",
     "endpoint ifname",
     {"run": ["lan0"], "connect": ["eth0", "lan0", "wan7"], "restart": ["lan0", "wan7"], "taken": True, "reached": "one"},
-    on={version: {} for version in ("20.10", "26.1")},
+    on=dict.fromkeys(
+        ("20.10", "26.1"),
+        {"run": ["eth0"], "connect": ["eth0", "eth1", "eth2"], "restart": ["eth0", "eth1"], "taken": False},
+    ),
 )
 def test_p31_ifname(lab: Lab) -> Facts:
     name = "com.docker.network.endpoint.ifname"
@@ -1607,7 +1593,6 @@ def test_p31_ifname(lab: Lab) -> Facts:
     lab.run("one", network=f"name=net,driver-opt={name}=lan0")
     facts: Facts = {"run": interfaces(lab, "one")}
     lab.docker("network", "connect", "--driver-opt", f"{name}=wan7", "other", "one")
-    facts["taken"] = lab.refusal("network", "connect", "--driver-opt", f"{name}=wan7", "third", "one") != ""
     lab.run("two")
     lab.serve("one", "tcp 80")
     facts["reached"] = lab.ask("two", tcp(lab.address("one"), 80)).by
@@ -1615,6 +1600,7 @@ def test_p31_ifname(lab: Lab) -> Facts:
     facts["restart"] = interfaces(lab, "one")
     lab.docker("network", "connect", "third", "one")
     facts["connect"] = interfaces(lab, "one")
+    facts["taken"] = lab.refusal("network", "connect", "--driver-opt", f"{name}=eth0", "other", "two") != ""
     return facts
 
 
@@ -1625,7 +1611,7 @@ services:
   web:
     image: busybox
     container_name: web
-    command: ["nc", "-ll", "-p", "80", "-e", "echo", "web"]
+    command: ["nc", "-ll", "-p", "80", "-e", "printf", "web"]
     stop_signal: KILL
     ports: ["8080:80", "127.0.0.1:8081:80"]
     networks:
@@ -1637,7 +1623,7 @@ services:
   database:
     image: busybox
     container_name: database
-    command: ["nc", "-ll", "-p", "80", "-e", "echo", "database"]
+    command: ["nc", "-ll", "-p", "80", "-e", "printf", "database"]
     stop_signal: KILL
     ports: ["8082:80"]
     networks: [back]
@@ -1705,7 +1691,7 @@ def test_p32_compose(lab: Lab) -> Facts:
     compose = Project(lab)
     compose("up", "-d")
     lab.serve(OUTSIDE, "tcp 4000")
-    eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
+    eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS_6, 8080))
     seen = lab.survey(
         {
             "published": (OUTSIDE, tcp(ENGINE_ADDRESS, 8080)),

@@ -1,0 +1,607 @@
+"""How policies get to the back end and stay in force: with a back end that remembers. Needs no kernel."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any, TypeVar
+
+import pytest
+
+from netplugin_sdk.addresses import TransportProtocol
+from netplugin_sdk.errors import Unavailable
+from netplugin_sdk.linux import firewall
+from netplugin_sdk.linux.firewall import FirewallError, Policy
+from netplugin_sdk.linux.ports import Published
+
+T = TypeVar("T")
+
+PATIENCE = 5.0
+SHORT = 0.15
+"""Seconds in which something would have happened that must not."""
+
+
+class Remembering:
+    """A back end; what is in `refused` it does not take, and while `gate` is shut it takes its time."""
+
+    announced = True
+
+    def __init__(self) -> None:
+        self.pids: Collection[int] = (os.getpid(),)
+        self.kernel: dict[str, Policy] = {}
+        self.calls: list[dict[str, Policy | None]] = []
+        self.forgotten = 0
+        self.refused: dict[str, Exception] = {}
+        self.missing: Exception | None = None
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self) -> Remembering:
+        if self.missing is not None:
+            raise self.missing
+        return self
+
+    def apply(self, policies: Mapping[str, Policy | None]) -> bool:
+        self.entered.set()
+        assert self.gate.wait(PATIENCE)
+        self.calls.append(dict(policies))
+        for bridge in policies:
+            if bridge in self.refused:
+                raise self.refused[bridge]
+        before = dict(self.kernel)
+        for bridge, policy in policies.items():
+            if policy is None:
+                self.kernel.pop(bridge, None)
+            else:
+                self.kernel[bridge] = policy
+        return before != self.kernel
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+class Announcing:
+    """In the place of the kernel: a byte on a pipe is somebody else's change."""
+
+    def __init__(self) -> None:
+        self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __call__(self) -> Announcing:
+        return self
+
+    def __enter__(self) -> Announcing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self.read
+
+    def of_others(self, pids: Collection[int]) -> bool:
+        try:
+            return bool(os.read(self.read, 1000))
+        except BlockingIOError:
+            return False
+
+    def somebody_changes(self) -> None:
+        os.write(self.write, b"x")
+
+
+@pytest.fixture
+def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Announcing]:
+    announcements = Announcing()
+    monkeypatch.setattr(firewall, "_Announcements", announcements)
+    yield announcements
+    os.close(announcements.read)
+    os.close(announcements.write)
+
+
+@pytest.fixture(autouse=True)
+def backend(announcing: Announcing, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remembering]:
+    """A keeper of its own, with these two; whatever becomes of it, the others' tests have another one."""
+    made, keeper = Remembering(), firewall._Keeper()
+    monkeypatch.setattr(firewall, "_keeper", keeper)
+    monkeypatch.setitem(firewall._BACKENDS, "iptables", made)
+    firewall.use("iptables")
+    yield made
+    made.gate.set()
+    soon(firewall.close)
+
+
+def begin(function: Callable[..., T], *args: Any) -> Future[T]:
+    """Run it in a thread that cannot keep the tests from ending."""
+    future: Future[T] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=target, daemon=True).start()
+    return future
+
+
+def soon(function: Callable[..., T], *args: Any) -> T:
+    """What it returns or raises, without hanging for ever."""
+    return begin(function, *args).result(PATIENCE)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not become so"
+        time.sleep(0.005)
+
+
+PLAIN = Policy(bridge="br-1", subnets=(ip_network("10.1.0.0/24"),))
+LESS = replace(PLAIN, masquerade=False)
+PORT = Published(
+    protocol=TransportProtocol.TCP,
+    host_address=ip_address("0.0.0.0"),
+    host_port=8080,
+    address=ip_address("10.1.0.2"),
+    port=80,
+)
+
+
+def on(bridge: str, **fields: Any) -> Policy:
+    return replace(PLAIN, bridge=bridge, **fields)
+
+
+# -------------------------------------------------------------------------------------------------- who waits for what
+
+
+def test_what_is_asked_for_is_in_force_at_the_return(backend: Remembering) -> None:
+    soon(firewall.ensure, PLAIN)
+    assert backend.kernel == {"br-1": PLAIN}
+    soon(firewall.delete, "br-1")
+    assert backend.kernel == {}
+
+
+def test_what_only_takes_away_is_not_waited_for(backend: Remembering) -> None:
+    soon(firewall.ensure, PLAIN)
+    backend.gate.clear()
+    soon(firewall.ensure, LESS)
+    settled = begin(firewall.settle)
+    with pytest.raises(TimeoutError):
+        settled.result(SHORT)
+    assert backend.kernel == {"br-1": PLAIN}
+    backend.gate.set()
+    settled.result(PATIENCE)
+    assert backend.kernel == {"br-1": LESS}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        replace(LESS, masquerade=True),
+        replace(LESS, internal=True),
+        replace(LESS, subnets=(ip_network("10.1.0.0/24"), ip_network("fd00:1::/64"))),
+        replace(LESS, published={"e": (PORT,)}),
+        replace(LESS, sources=(ip_address("192.0.2.9"),), masquerade=True),
+    ],
+)
+def test_what_adds_is_waited_for(backend: Remembering, more: Policy) -> None:
+    soon(firewall.ensure, LESS)
+    backend.gate.clear()
+    asked = begin(firewall.ensure, more)
+    with pytest.raises(TimeoutError):
+        asked.result(SHORT)
+    backend.gate.set()
+    asked.result(PATIENCE)
+    assert backend.kernel == {"br-1": more}
+
+
+def test_a_removal_is_not_taken_for_done_while_the_other_waits(backend: Remembering) -> None:
+    """Two threads, the same bridge: the second adds less than the first, whose request is not done yet."""
+    backend.gate.clear()
+    first = begin(firewall.ensure, PLAIN)
+    assert backend.entered.wait(PATIENCE)
+    second = begin(firewall.ensure, PLAIN)
+    third = begin(firewall.ensure, LESS)
+    for asked in (second, third):
+        with pytest.raises(TimeoutError):
+            asked.result(SHORT)
+    backend.gate.set()
+    for asked in (first, second, third):
+        asked.result(PATIENCE)
+
+
+def test_what_was_refused_is_not_taken_for_in_force(backend: Remembering) -> None:
+    backend.refused["br-1"] = FirewallError("no")
+    for policy in (PLAIN, PLAIN, LESS):
+        with pytest.raises(FirewallError, match=r"^no$"):
+            soon(firewall.ensure, policy)
+    backend.refused.clear()
+    soon(firewall.ensure, PLAIN)
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+def test_a_removal_that_failed_is_logged_and_then_waited_for(
+    backend: Remembering, caplog: pytest.LogCaptureFixture
+) -> None:
+    soon(firewall.ensure, PLAIN)
+    backend.refused["br-1"] = FirewallError("no")
+    soon(firewall.ensure, LESS)
+    soon(firewall.settle)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("ERROR", "firewall: rules of br-1 cannot be removed: no")
+    ]
+    with pytest.raises(FirewallError):
+        soon(firewall.ensure, LESS)
+
+
+def test_another_label_is_not_only_a_removal(backend: Remembering) -> None:
+    """All rules are written anew, since it is in their comments."""
+    soon(firewall.ensure, PLAIN)
+    backend.refused["br-1"] = FirewallError("no")
+    with pytest.raises(FirewallError):
+        soon(firewall.ensure, replace(PLAIN, network="0123456789ab"))
+
+
+def test_a_callers_dict_that_grew_is_a_change(backend: Remembering) -> None:
+    ports: dict[str, tuple[Published, ...]] = {}
+    soon(firewall.ensure, replace(PLAIN, published=ports))
+    ports["e"] = (PORT,)
+    backend.gate.clear()
+    asked = begin(firewall.ensure, replace(PLAIN, published=ports))
+    with pytest.raises(TimeoutError):
+        asked.result(SHORT)
+
+
+# ---------------------------------------------------------------------------------------------------- many at once
+
+
+def test_what_was_asked_meanwhile_is_applied_at_once(backend: Remembering) -> None:
+    backend.gate.clear()
+    asked = [begin(firewall.ensure, on("first"))]
+    assert backend.entered.wait(PATIENCE)
+    asked += [begin(firewall.ensure, on(f"br-{number}")) for number in range(20)]
+    until(lambda: len(firewall._keeper._asked) == 20)
+    backend.gate.set()
+    for each in asked:
+        each.result(PATIENCE)
+    assert [len(call) for call in backend.calls] == [1, 20]
+
+
+@pytest.mark.parametrize("error", [FirewallError("no"), KeyError("a bug"), Unavailable("no iptables here")])
+def test_one_that_fails_does_not_hurt_the_others(backend: Remembering, error: Exception) -> None:
+    backend.gate.clear()
+    backend.refused["bad"] = error
+    begin(firewall.ensure, on("first"))
+    assert backend.entered.wait(PATIENCE)
+    bad = begin(firewall.ensure, on("bad"))
+    good = [begin(firewall.ensure, on(f"br-{number}")) for number in range(5)]
+    until(lambda: len(firewall._keeper._asked) == 6)
+    backend.gate.set()
+    for each in good:
+        each.result(PATIENCE)
+    with pytest.raises(type(error)):
+        bad.result(PATIENCE)
+    assert backend.kernel.keys() == {"first", *(f"br-{number}" for number in range(5))}
+
+
+def test_the_last_word_of_many_is_in_force(backend: Remembering) -> None:
+    def often(number: int) -> None:
+        for turn in range(50):
+            firewall.ensure(on(f"br-{number}", masquerade=turn % 2 == 0))
+            firewall.ensure(on("shared", icc=number % 2 == 0))
+            if turn % 5 == 0:
+                firewall.delete(f"br-{number}")
+
+    for each in [begin(often, number) for number in range(6)]:
+        each.result(PATIENCE * 2)
+    soon(firewall.settle)
+    assert backend.kernel == firewall._keeper._policies
+    assert len(backend.kernel) == 7
+
+
+# ------------------------------------------------------------------------------------------------------- the watch
+
+
+def test_a_change_by_others_is_looked_at_and_repaired(
+    backend: Remembering, announcing: Announcing, caplog: pytest.LogCaptureFixture
+) -> None:
+    soon(firewall.ensure, PLAIN)
+    backend.kernel.clear()
+    announcing.somebody_changes()
+    until(lambda: backend.kernel == {"br-1": PLAIN})
+    until(lambda: len(caplog.records) == 1)
+    assert caplog.messages == ["firewall: rules of ours were changed by others and are put back"]
+    assert backend.forgotten
+
+
+def test_many_changes_cost_one_look(backend: Remembering, announcing: Announcing) -> None:
+    soon(firewall.ensure, PLAIN)
+    for _ in range(10):
+        announcing.somebody_changes()
+        time.sleep(0.005)
+    until(lambda: len(backend.calls) == 2)
+    time.sleep(firewall._Keeper._QUIET + SHORT)
+    assert len(backend.calls) == 2
+
+
+def test_a_change_that_is_not_ours_to_repair_is_not_logged(
+    backend: Remembering, announcing: Announcing, caplog: pytest.LogCaptureFixture
+) -> None:
+    soon(firewall.ensure, PLAIN)
+    announcing.somebody_changes()
+    until(lambda: len(backend.calls) == 2)
+    soon(firewall.settle)
+    assert not caplog.records
+
+
+def test_a_refused_policy_does_not_keep_the_others_from_repair(backend: Remembering, announcing: Announcing) -> None:
+    soon(firewall.ensure, PLAIN)
+    backend.refused["bad"] = FirewallError("no")
+    with pytest.raises(FirewallError):
+        soon(firewall.ensure, on("bad"))
+    backend.kernel.clear()
+    announcing.somebody_changes()
+    until(lambda: backend.kernel == {"br-1": PLAIN})
+
+
+def test_where_changes_are_not_announced_it_looks_now_and_then(
+    backend: Remembering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firewall._Keeper, "_POLL", 0.05)
+    backend.announced = False
+    soon(firewall.ensure, PLAIN)
+    for _ in range(2):
+        backend.kernel.clear()
+        until(lambda: backend.kernel == {"br-1": PLAIN})
+    soon(firewall.delete, "br-1")
+    time.sleep(SHORT)
+    looks = len(backend.calls)
+    time.sleep(SHORT)
+    assert len(backend.calls) == looks, "there is nothing to look after"
+
+
+def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing) -> None:
+    """Also after a first request that failed: then there is no back end that could look."""
+    backend.missing = Unavailable("no iptables here")
+    with pytest.raises(Unavailable):
+        soon(firewall.ensure, PLAIN)
+    announcing.somebody_changes()
+    time.sleep(firewall._Keeper._QUIET + SHORT)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+    backend.missing = None
+    soon(firewall.ensure, PLAIN)
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong outside
+
+
+def test_a_back_end_that_is_not_there_yet(backend: Remembering) -> None:
+    backend.missing = Unavailable("no iptables here")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no iptables here"):
+            soon(firewall.ensure, PLAIN)
+    backend.missing = None
+    soon(firewall.ensure, PLAIN)
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+def test_more_descriptors_than_select_can_take(backend: Remembering) -> None:
+    """Each published port has one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1200:
+        if hard < 1200:
+            pytest.skip(f"the process may not have 1200 descriptors: the limit is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1200, hard))
+    taken = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        while taken[-1] < 1100:
+            taken.append(fcntl.fcntl(taken[0], fcntl.F_DUPFD_CLOEXEC, 0))
+        soon(firewall.ensure, PLAIN)
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+def test_the_kernel_does_not_let_us_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without CAP_NET_ADMIN. Every caller hears of it, and nobody waits for ever."""
+
+    def refuse() -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(firewall, "_Announcements", refuse)
+    for call in (lambda: firewall.ensure(PLAIN), lambda: firewall.delete("br-1")):
+        with pytest.raises((FirewallError, Unavailable), match="not permitted"):
+            soon(call)
+    soon(firewall.close)
+
+
+def test_a_thread_that_cannot_be_started(backend: Remembering, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    begin_ = begin(lambda: None)  # before the patch: our own threads are started
+    begin_.result(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(firewall.threading, "Thread", Refused)
+        with pytest.raises((RuntimeError, FirewallError, Unavailable), match="can't start new thread"):
+            firewall.ensure(PLAIN)
+    soon(firewall.ensure, PLAIN)
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+def test_a_log_that_fails_does_not_end_the_watch(
+    backend: Remembering, announcing: Announcing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError("the filter of somebody's logging")
+
+    logger = logging.getLogger("netplugin_sdk")
+    soon(firewall.ensure, PLAIN)
+    logger.addFilter(refuse)
+    try:
+        backend.kernel.clear()
+        announcing.somebody_changes()
+        until(lambda: backend.kernel == {"br-1": PLAIN})
+        soon(firewall.ensure, on("br-2"))
+    finally:
+        logger.removeFilter(refuse)
+
+
+# ----------------------------------------------------------------------------------------------------------- the end
+
+
+def test_close_finishes_what_was_asked_for(backend: Remembering) -> None:
+    soon(firewall.ensure, PLAIN)
+    backend.gate.clear()
+    soon(firewall.ensure, LESS)
+    added = begin(firewall.ensure, on("br-2"))
+    until(lambda: "br-2" in firewall._keeper._policies)
+    closed = begin(firewall.close)
+    with pytest.raises(TimeoutError):
+        closed.result(SHORT)
+    backend.gate.set()
+    closed.result(PATIENCE)
+    added.result(PATIENCE)
+    assert backend.kernel == {"br-1": LESS, "br-2": on("br-2")}
+
+
+def test_close_of_nothing_and_again(backend: Remembering) -> None:
+    soon(firewall.close)
+    soon(firewall.settle)
+    soon(firewall.ensure, PLAIN)
+    soon(firewall.close)
+    soon(firewall.close)
+    assert backend.kernel == {"br-1": PLAIN}
+
+
+def test_close_ends_the_thread_and_what_it_has_open(backend: Remembering) -> None:
+    soon(firewall.ensure, PLAIN)
+    soon(firewall.close)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - its own descriptor is in it both times
+    threads = threading.active_count()
+    for _ in range(3):
+        soon(firewall.ensure, PLAIN)
+        soon(firewall.close)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    until(lambda: threading.active_count() <= threads)
+
+
+def test_after_close_nothing_is_kept_in_force(backend: Remembering, announcing: Announcing) -> None:
+    soon(firewall.ensure, PLAIN)
+    soon(firewall.close)
+    backend.kernel.clear()
+    announcing.somebody_changes()
+    soon(firewall.ensure, on("br-2"))
+    time.sleep(firewall._Keeper._QUIET + SHORT)
+    assert backend.kernel == {"br-2": on("br-2")}
+
+
+def test_a_request_while_the_other_closes(backend: Remembering) -> None:
+    """It is answered, and when it has been, it is in force; whether before or after the close."""
+    ended = threading.Event()
+
+    def request(number: int) -> None:
+        while not ended.is_set():
+            firewall.ensure(on(f"br-{number}"))
+            assert f"br-{number}" in backend.kernel
+            firewall.delete(f"br-{number}")
+            assert f"br-{number}" not in backend.kernel
+
+    def settle() -> None:
+        while not ended.is_set():
+            firewall.settle()
+
+    others = [*(begin(request, number) for number in range(3)), begin(settle)]
+    try:
+        for each in [begin(lambda: [firewall.close() for _ in range(150)]) for _ in range(2)]:
+            each.result(PATIENCE * 2)
+    finally:
+        ended.set()
+    for each in others:
+        each.result(PATIENCE)
+
+
+def test_a_request_between_the_threads_end_and_the_end_of_close(
+    backend: Remembering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment in which the thread looks no more, and the keeper does not know it yet."""
+    soon(firewall.ensure, PLAIN)
+    thread = firewall._keeper._thread
+    assert thread is not None
+    asked: list[Future[None]] = []
+    join = thread.join
+
+    def joined() -> None:
+        join()
+        asked.append(begin(firewall.ensure, on("br-2")))
+        asked.append(begin(firewall.settle))
+        time.sleep(SHORT)
+
+    monkeypatch.setattr(thread, "join", joined)
+    soon(firewall.close)
+    for each in asked:
+        each.result(PATIENCE)
+    assert backend.kernel == {"br-1": PLAIN, "br-2": on("br-2")}
+
+
+# ------------------------------------------------------------------------------------------------- the kernel's words
+
+
+def header(kind: int, port: int, *, length: int = 20) -> bytes:
+    return firewall_header.pack(length, kind, 0, 1, port) + bytes(length + 3 & ~3)[16:]
+
+
+firewall_header = firewall._Announcements._HEADER
+GENERATION = firewall._Announcements._NEW_GENERATION
+
+
+@pytest.fixture
+def real_announcements(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The class that the autouse fixture has put aside, on a socket pair."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    heard = socket.socket.__new__(REAL)
+    socket.socket.__init__(heard, fileno=one.detach())
+    heard.setblocking(False)
+    with heard, other:
+        yield heard, other
+
+
+REAL = firewall._Announcements
+
+
+@pytest.mark.parametrize(
+    ("packets", "found"),
+    [
+        ([], False),
+        ([header(GENERATION, 7)], False),
+        ([header(GENERATION, 8)], True),
+        ([header(10 << 8 | 6, 8)], False),
+        ([header(10 << 8 | 6, 8, length=23) + header(GENERATION, 8)], True),
+        ([header(GENERATION, 7) + header(GENERATION, 8)], True),
+        ([header(GENERATION, 8), header(GENERATION, 7)], True),
+        ([b""], False),
+        ([b"short"], False),
+        ([header(GENERATION, 7, length=0)], False),
+    ],
+)
+def test_whose_change_it_is(real_announcements: Any, packets: list[bytes], found: bool) -> None:
+    heard, kernel = real_announcements
+    for packet in packets:
+        kernel.send(packet)
+    assert heard.of_others([7]) is found
+    assert heard.of_others([7]) is False, "all has been read"
