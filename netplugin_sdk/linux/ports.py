@@ -39,7 +39,7 @@ _ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 _RELAY = str(Path(__file__).with_name("relay.py"))
 _BACKLOG = 4096
 _TRIES = 32  # for a port that is free on all addresses, of those that the kernel proposes
-_PATIENCE = 2.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
+_PATIENCE = 5.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
 _BATCH = 250  # sockets in a message; the kernel takes 253 (linux/net/scm.h, SCM_MAX_FD)
 _KINDS = {
     TransportProtocol.TCP: socket.SOCK_STREAM,
@@ -152,10 +152,9 @@ class _Wish:
         if self.first:
             yield from range(self.first, self.last + 1)
         else:
+            host, protocol = next(iter(self.targets)), self.protocol if _has(self.protocol) else TransportProtocol.TCP
             for _ in range(_TRIES):
-                with _open(
-                    self.protocol if _has(self.protocol) else TransportProtocol.TCP, next(iter(self.targets)), 0
-                ) as probe:
+                with _open(protocol, host, 0) as probe:
                     port = probe.getsockname()[1]
                 yield port
 
@@ -213,11 +212,11 @@ class _Ports:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             before = self._owners.get(owner, [])
             preferred = (*(binding.published for binding in before), *keep)
-            spare = set(before)
+            known, spare = set(before), set(before)
             after: list[_Binding] = []
             for wish in wishes:
                 after += self._take(wish, preferred, spare, undo)
-            self._have_relayed([binding for binding in after if binding not in before])
+            self._have_relayed([binding for binding in after if binding not in known])
             undo.pop_all()
             self._owners[owner] = after
             self._drop(spare)
@@ -259,7 +258,7 @@ class _Ports:
         every = _ANY[wanted.host_address.version]
         for other in list(self._taken.get(binding.place, ())):
             host = other.published.host_address
-            if every not in (host, wanted.host_address) and host != wanted.host_address:
+            if host != wanted.host_address and every not in (host, wanted.host_address):
                 continue
             if other not in spare:
                 raise PortInUse(f"Bind for {host}:{wanted.host_port} failed: port is already allocated")
@@ -302,11 +301,14 @@ class _Ports:
             self._relay.remove([binding.key for binding in bindings])
 
     def _have_relayed(self, bindings: Collection[_Binding]) -> None:
-        if bindings and self._relay is None:
-            self._relay = _Relay(self._relay_ended)
-            bindings = [binding for there in self._taken.values() for binding in there]
         if self._relay is not None:
             self._relay.add(bindings)
+        elif bindings:
+            self._start_relay()
+
+    def _start_relay(self) -> None:
+        self._relay = _Relay(self._relay_ended)
+        self._relay.add([binding for there in self._taken.values() for binding in there])
 
     def _relay_ended(self, relay: _Relay, status: int) -> None:
         with self._lock:
@@ -315,7 +317,7 @@ class _Ports:
             self._relay = None
             _log.warning("the relay of published ports has ended with status %d: starting another", status)
             try:
-                self._have_relayed([binding for there in self._taken.values() for binding in there])
+                self._start_relay()
             except Unavailable:
                 _log.exception("published ports are not relayed until the next one is published")
 
@@ -346,8 +348,8 @@ class _Relay:
         status = self._process.wait()
         self._gone.set()
         if not self._closed.wait(max(0.0, once_a_second - time.monotonic())):
-            self._socket.close()
             ended(self, status)
+            self._socket.close()  # nobody else has it now
 
     def add(self, bindings: Iterable[_Binding]) -> None:
         """Have them relayed. It need not be up yet, and if it has died its successor gets them."""

@@ -23,9 +23,9 @@ import sys
 import time
 from collections.abc import Callable
 
-_HARD = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 16)
-_MAX_CONNECTIONS = _HARD // 4  # two descriptors each; what these leave is for the published sockets
-_MAX_CLIENTS = _HARD // 16
+_LIMIT = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)  # of descriptors
+_MAX_CONNECTIONS = _LIMIT // 4  # two descriptors each; what these leave is for the published sockets
+_MAX_CLIENTS = _LIMIT // 16
 _IDLE = 90  # seconds after which a UDP client is forgotten, as docker-proxy does
 _SWEEP = 10  # seconds between the looks for such
 _PAUSE = 0.1  # seconds without accepting, when there is no room
@@ -48,7 +48,7 @@ class Relay:
         self._control = control
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._paused: list[Listener] = []
+        self._paused: set[Listener] = set()
         self._resume = 0.0
         self.watch(control, self._obey)
 
@@ -87,7 +87,7 @@ class Relay:
     def pause(self, listener: Listener) -> None:
         """Its clients wait in the kernel's queue until others have gone."""
         self.expect(listener.socket, 0)
-        self._paused.append(listener)
+        self._paused.add(listener)
         self._resume = time.monotonic() + _PAUSE
 
     def _obey(self, _: int) -> None:
@@ -112,9 +112,8 @@ class Relay:
         for flow in flows:
             if flow.origin in gone:
                 flow.close()
+        self._paused.difference_update(gone)
         for each in gone:
-            if each in self._paused:
-                self._paused.remove(each)
             self.close(each.socket)
 
 
@@ -187,7 +186,7 @@ class Stream:
             pass
         except OSError:  # a connection that was reset, or not made at all, is so for both
             return self._close(reset=True)
-        if self._ended and self.peer._ended and self.unsent is None and self.peer.unsent is None:
+        if self._ended and self.peer._ended:  # and all is sent, or they would not have been read to the end
             return self._close(reset=False)
         self.update()
         return self.peer.update()
@@ -245,7 +244,7 @@ class Datagrams:
                 client = Client(self, key, address, (level, kind, source))
             clients[key] = client
             client.send(_BUFFER[:size])
-        except OSError:  # nothing there after all, no room, no way to the container: a datagram may get lost
+        except OSError:  # nothing there after all, no room, no way to the container now: a datagram may get lost
             return
 
 
@@ -259,7 +258,7 @@ class Client:
     ) -> None:
         self.origin, self._key, self._address, self._source = origin, key, address, source
         self._socket = socket.socket(_family(origin.target), socket.SOCK_DGRAM)
-        self._socket.connect_ex(origin.target)  # without a way there, send() fails
+        self._socket.connect(origin.target)
         origin.relay.watch(self._socket, self._answer)
 
     def send(self, data: memoryview) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
-import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
+from netplugin_sdk.testing.engine import ENGINE_ADDRESS, OUTSIDE_ADDRESS, EngineError, PrivateEngine, wait_until
 
 from .lab import (
     ENGINE_ADDRESS_6,
     HOST,
     OUTSIDE,
-    OUTSIDE_ADDRESS,
     OUTSIDE_ADDRESS_6,
     Agent,
     Facts,
@@ -99,6 +96,10 @@ def eventually(lab: Lab, where: str, target: Target, timeout: float = 8) -> str:
 def running(lab: Lab, container: str) -> bool:
     inspected = lab.inspect(container)
     return bool(inspected) and bool(inspected["State"]["Running"]) and not inspected["State"]["Restarting"]
+
+
+def runs_as_another(lab: Lab, container: str, pid: int) -> bool:
+    return running(lab, container) and lab.inspect(container)["State"]["Pid"] != pid
 
 
 def later(function: Callable[[], object]) -> threading.Thread:
@@ -188,7 +189,7 @@ def test_p17_modes(lab: Lab) -> Facts:
         lab.route_outside(f"10.17.{number}.0/24")
         lab.route_outside(f"fd17:{number}::/64")
 
-    lab.together(*(lambda m=mode, n=number: start(m, n) for mode, number in all_modes.items()))  # type: ignore[misc]
+    lab.together(*(partial(start, mode, number) for mode, number in all_modes.items()))
     lab.serve(OUTSIDE, "tcp 4000")
     probes: dict[str, tuple[str, Target]] = {}
     for mode, number in all_modes.items():
@@ -275,10 +276,13 @@ def test_p17_mixed(lab: Lab) -> Facts:
 )
 def test_p17_isolated(lab: Lab) -> Facts:
     isolated = (*option("gateway_mode_ipv4", "isolated"), *option("gateway_mode_ipv6", "isolated"))
-    pools = ("--subnet", "10.17.5.0/24", "--gateway", "10.17.5.1", "--subnet", "fd17:5::/64", "--gateway", "fd17:5::1")
-    if lab.version >= (28,):
-        pools = ("--subnet", "10.17.5.0/24", "--subnet", "fd17:5::/64")
-    lab.network("--internal", "--ipv6", *pools, *isolated)
+    four: tuple[str, ...] = ("--subnet", "10.17.5.0/24")
+    six: tuple[str, ...] = ("--subnet", "fd17:5::/64")
+    if lab.version < (
+        28,
+    ):  # where the engine always takes gateway addresses, it shows them only if they were asked for
+        four, six = (*four, "--gateway", "10.17.5.1"), (*six, "--gateway", "fd17:5::1")
+    lab.network("--internal", "--ipv6", *four, *six, *isolated)
     lab.together(lambda: lab.run("one"), lambda: lab.run("two", "-p", "8080:80"))
     lab.serve("two", "tcp 80")
     link = lab.link(lab.bridge())
@@ -300,12 +304,20 @@ def test_p17_isolated(lab: Lab) -> Facts:
     }
 
 
-@row("P17", "isolated: a /31 has room for two", {"addresses": ["10.17.6.0", "10.17.6.1"], "ping": True}, engine_since="28.0")
+@row(
+    "P17",
+    "isolated: a /31 has room for two",
+    {"addresses": ["10.17.6.0", "10.17.6.1"], "ping": True},
+    engine_since="28.0",
+)
 def test_p17_point_to_point(lab: Lab) -> Facts:
     lab.network("--internal", "--subnet", "10.17.6.0/31", *option("gateway_mode_ipv4", "isolated"))
     lab.run("one")
     lab.run("two")
-    return {"addresses": [lab.address("one"), lab.address("two")], "ping": bool(lab.ask("one", ping(lab.address("two"))))}
+    return {
+        "addresses": [lab.address("one"), lab.address("two")],
+        "ping": bool(lab.ask("one", ping(lab.address("two")))),
+    }
 
 
 @row(
@@ -369,7 +381,9 @@ def test_p18_inhibit(lab: Lab) -> Facts:
         "dual stack addresses": lab.addresses(lab.bridge("dual")),
         "dual stack IPv6": eventually(lab, "three", tcp("fd18:2::1", 4000), 3),
         "false": lab.addresses(lab.bridge("plain")),
-        "maybe": says(lab.refused_network(*option("inhibit_ipv4", "maybe"), name="x"), f"{BRIDGE}.inhibit_ipv4", "maybe"),
+        "maybe": says(
+            lab.refused_network(*option("inhibit_ipv4", "maybe"), name="x"), f"{BRIDGE}.inhibit_ipv4", "maybe"
+        ),
     }
 
 
@@ -563,10 +577,7 @@ def test_p20_refused(lab: Lab) -> Facts:
         "zero MAC": (("--mac-address", "00:00:00:00:00:00"), ("00:00:00:00:00:00",)),
     }
     said = lab.together(
-        *(
-            lambda n=number, asked=asked: lab.refused_run(f"refused{n}", *asked)  # type: ignore[misc]
-            for number, (asked, _) in enumerate(cases.values())
-        ),
+        *(partial(lab.refused_run, f"refused{number}", *asked) for number, (asked, _) in enumerate(cases.values())),
         lambda: lab.refused_run("refused-auto", "--ip", "172.18.0.77", network="auto"),
         lambda: lab.refused_run("refused-tiny", network="tiny"),
     )
@@ -712,7 +723,6 @@ def test_p22_connect(lab: Lab) -> Facts:
         "bb, aa": [["gateway of aa"], ["gateway of aa"], "one"],
         "bb, aa, internal a0": [["gateway of aa"], ["gateway of aa"], "one"],
         "aa, internal a0": [["gateway of aa"], ["gateway of aa"], "one"],
-        "internal a0": [[], [], ""],
         "internal a0, bb": [["gateway of bb"], [], "one"],
         "restarted": [["gateway of bb"], [], "one"],
         "outbound": "host",
@@ -744,7 +754,6 @@ def test_p22_gateway(lab: Lab) -> Facts:
     lab.docker("network", "disconnect", "bb", "one")
     facts["aa, internal a0"] = now()
     lab.docker("network", "disconnect", "aa", "one")
-    facts["internal a0"] = now()
     lab.docker("network", "connect", "bb", "one")
     facts["internal a0, bb"] = now()
     lab.docker("restart", "one")
@@ -765,7 +774,7 @@ def test_p22_gateway(lab: Lab) -> Facts:
     engine_since="28.0",
 )
 def test_p22_priority(lab: Lab) -> Facts:
-    lab.together(*(lambda name=name: lab.network(name=name) for name in ("aa", "bb", "cc")))  # type: ignore[misc]
+    lab.together(*(partial(lab.network, name=name) for name in ("aa", "bb", "cc")))
     lab.run("one", "--network", "cc", "-p", "8080:80", network="name=bb,gw-priority=1", command=answers("one"))
 
     def now() -> list[object]:
@@ -790,7 +799,7 @@ def test_p22_priority(lab: Lab) -> Facts:
         "stop leaves": [],
         "start": "one",
         "restart": "one",
-        "same state as before": [],
+        "devices": 1,
         "pause": True,
         "unpause": "one",
         "kill leaves": [],
@@ -809,14 +818,13 @@ def test_p23_life(lab: Lab) -> Facts:
     published = OUTSIDE, tcp(ENGINE_ADDRESS, 8080)
     start()
     facts: Facts = {"run": eventually(lab, *published)}
-    devices = len(lab.ports_of())
     lab.docker("stop", "one")
     facts["stop leaves"] = settled(lab, before)
     lab.docker("start", "one")
     facts["start"] = eventually(lab, *published)
     lab.docker("restart", "one")
     facts["restart"] = eventually(lab, *published)
-    facts["same state as before"] = [] if len(lab.ports_of()) == devices else lab.ports_of()
+    facts["devices"] = len(lab.ports_of())
     lab.docker("pause", "one")
     facts["pause"] = bool(lab.ask(HOST, ping(lab.address("one")))) and not lab.ask(*published, 0.5)
     lab.docker("unpause", "one")
@@ -850,7 +858,7 @@ def test_p23_restart_always(lab: Lab) -> Facts:
         pid = lab.inspect("one")["State"]["Pid"]
         lab.host("kill", "-9", str(pid))
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda pid=pid: running(lab, "one") and lab.inspect("one")["State"]["Pid"] != pid, 10)  # type: ignore[misc]
+            wait_until(partial(runs_as_another, lab, "one", pid), 10)
         back.append(eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080)))
     facts: Facts = {"comes back": back, "devices": len(lab.ports_of())}
     lab.docker("rm", "--force", "one")
@@ -868,7 +876,9 @@ def test_p23_restart_always(lab: Lab) -> Facts:
 def test_p23_no_start(lab: Lab) -> Facts:
     lab.network()
     before = state_of_host(lab.engine)
-    refused = lab.refusal("run", "--detach", "--name", "one", "--network", "net", "-p", "8080:80", "busybox", "/nothing")
+    refused = lab.refusal(
+        "run", "--detach", "--name", "one", "--network", "net", "-p", "8080:80", "busybox", "/nothing"
+    )
     facts: Facts = {"no such command": says(refused, "/nothing"), "leaves": settled(lab, before)}
     lab.run("two", "-p", "8080:80", command=answers("two"))
     facts["the port is free"] = eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
@@ -891,7 +901,7 @@ def project_of_three(own: Lab) -> None:
 
 
 def works(own: Lab) -> list[object]:
-    """Who answers at the published port, at the host's IPv6 port, and at the address seen by its neighbour; outbound."""
+    """Who answers at the published port, IPv4 and IPv6, and at the container's own address; whether the client gets out."""
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: running(own, "web") and running(own, "client"), 30, every=0.1)
     return [
@@ -1056,10 +1066,13 @@ def test_p25_plugin(lab: Lab) -> Facts:
     return facts
 
 
+NEW = ("new1", "new2")
+
+
 @row(
     "P25",
     "plugin kill -9 while it is asked",
-    {"networks": 0, "one ends": True, "afterwards": "two", "leaves": []},
+    {"each run ends": True, "afterwards": "two", "leaves": []},
 )
 def test_p25_killed_at_work(lab: Lab) -> Facts:
     lab.network()
@@ -1079,22 +1092,24 @@ def test_p25_killed_at_work(lab: Lab) -> Facts:
         user.join(60)
         ended.append(not user.is_alive())
         lab.docker("rm", "--force", name)
-    makers = [later(lambda name=f"net{n}": lab.engine.run_docker("network", "create", "-d", lab.driver, name)) for n in (1, 2)]  # type: ignore[misc]
+    makers = [later(partial(lab.engine.run_docker, "network", "create", "-d", lab.driver, name)) for name in NEW]
     time.sleep(0.06)
     kill_plugin(lab)
     lab.start_plugin()
     for maker in makers:
         maker.join(60)
-    names = [network["Name"] for network in lab.api("/networks") if network["Name"].startswith("net")]
-    lab.docker("network", "rm", *[name for name in names if name != "net"])
-    facts: Facts = {"networks": 0, "one ends": all(ended), "leaves": settled(lab, before)}
+    if made := [network["Name"] for network in lab.api("/networks") if network["Name"] in NEW]:
+        lab.docker("network", "rm", *made)
+    facts: Facts = {"each run ends": all(ended), "leaves": settled(lab, before)}
     lab.run("two", "-p", "8080:80", command=answers("two"))
     facts["afterwards"] = eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
     return facts
 
 
 WIPE = """
-for device in $(ip -brief link | awk '{print $1}' | cut -d@ -f1 | grep -vE '^(lo|eth0)$'); do ip link del "$device"; done
+for device in $(ip -brief link | awk '{print $1}' | cut -d@ -f1 | grep -vE '^(lo|eth0)$'); do
+    ip link del "$device"
+done
 for tool in iptables ip6tables; do
     for table in raw mangle nat filter; do $tool -t $table -F; $tool -t $table -X; done
     for chain in INPUT FORWARD OUTPUT; do $tool -P $chain ACCEPT; done
@@ -1139,7 +1154,6 @@ def reboot(own: Lab, power_cut: bool) -> None:
         "isolation": False,
         "after power cut": WORKS,
         "devices": 2,
-        "same as at first": [],
         "left": [],
     },
 )
@@ -1151,7 +1165,6 @@ def test_p25_reboot(lab: Lab) -> Facts:
         own.run("apart", "--restart", "always", network="small")
         facts: Facts = {"at first": works(own)}
         own.docker("rm", "--force", "once")
-        devices = len(own.ports_of())
         reboot(own, power_cut=False)
         facts["after reboot"] = works(own)
         facts["bridge"] = own.addresses(own.bridge())
@@ -1163,8 +1176,7 @@ def test_p25_reboot(lab: Lab) -> Facts:
         reboot(own, power_cut=True)
         facts["after power cut"] = works(own)
         own.docker("rm", "--force", "once")
-        facts["devices"] = devices = len(own.ports_of())
-        facts["same as at first"] = [] if devices == 2 else own.ports_of()
+        facts["devices"] = len(own.ports_of())
         facts["left"] = left_after(own, before)
     return facts
 
@@ -1192,7 +1204,7 @@ def test_p26_rm(lab: Lab) -> Facts:
     def networks() -> list[str]:
         return sorted(n["Name"] for n in lab.api("/networks") if n["Name"] not in ("bridge", "host", "none"))
 
-    lab.together(*(lambda name=name: lab.network(name=name) for name in ("net", "other", "x1", "x2")))  # type: ignore[misc]
+    lab.together(*(partial(lab.network, name=name) for name in ("net", "other", "x1", "x2")))
     lab.run("one", "-p", "8080:80", command=answers("one"))
     bridge = lab.bridge()
     facts: Facts = {
@@ -1399,7 +1411,7 @@ def test_p29_devices(lab: Lab) -> Facts:
     change(lab, {"net/ipv4/conf/default/rp_filter": "1"})
     others = {name: lab.sysctl(name) for name in OTHERS}
     lab.together(
-        lambda: lab.network(),
+        lab.network,
         lambda: lab.network("--ipv6", "--subnet", "10.29.0.0/24", "--subnet", "fd29::/64", name="six"),
         lambda: lab.network("--internal", name="internal"),
     )
@@ -1541,15 +1553,15 @@ def test_p30_trusted(lab: Lab) -> Facts:
         "a wrong one": True,
         "the network works": "one",
     },
-    on=dict.fromkeys(
-        ("20.10", "26.1"),
-        {
+    on={
+        version: {
             "endpoint sysctls": ["0", "0"],
             "of a later connect": "0",
             "after restart": ["0", "0"],
             "a wrong one": "not refused",
-        },
-    ),
+        }
+        for version in ("20.10", "26.1")
+    },
 )
 def test_p31_sysctls(lab: Lab) -> Facts:
     def endpoint(value: str, name: str = "net") -> str:
@@ -1579,11 +1591,17 @@ def test_p31_sysctls(lab: Lab) -> Facts:
 @row(
     "P31",
     "endpoint ifname",
-    {"run": ["lan0"], "connect": ["eth0", "lan0", "wan7"], "restart": ["lan0", "wan7"], "taken": True, "reached": "one"},
-    on=dict.fromkeys(
-        ("20.10", "26.1"),
-        {"run": ["eth0"], "connect": ["eth0", "eth1", "eth2"], "restart": ["eth0", "eth1"], "taken": False},
-    ),
+    {
+        "run": ["lan0"],
+        "connect": ["eth0", "lan0", "wan7"],
+        "restart": ["lan0", "wan7"],
+        "taken": True,
+        "reached": "one",
+    },
+    on={
+        version: {"run": ["eth0"], "connect": ["eth0", "eth1", "eth2"], "restart": ["eth0", "eth1"], "taken": False}
+        for version in ("20.10", "26.1")
+    },
 )
 def test_p31_ifname(lab: Lab) -> Facts:
     name = "com.docker.network.endpoint.ifname"
