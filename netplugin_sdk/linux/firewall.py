@@ -129,7 +129,8 @@ class _Keeper:
 
     def settle(self) -> None:
         with self._changed:
-            done = self._ask("") if self._thread is not None and not self._closing else None
+            self._changed.wait_for(lambda: not self._closing)
+            done = self._ask("") if self._thread is not None else None
         if done is not None:
             done.result()
 
@@ -154,7 +155,8 @@ class _Keeper:
                 self._closing = True
                 os.eventfd_write(self._wake, 1)
                 self._changed.wait_for(lambda: self._thread is not thread)
-            self._policies.clear()
+            else:
+                self._policies.clear()
         if thread is not None:
             thread.join()
 
@@ -171,6 +173,8 @@ class _Keeper:
                 os.close(wake)
                 left, self._asked = self._asked, {}
                 self._in_force.clear()
+                if self._closing:  # else the next thread is to know them
+                    self._policies.clear()
                 self._thread, self._closing = None, False
                 self._changed.notify_all()
             for futures in left.values():

@@ -348,7 +348,7 @@ class _Family:
             return self._quick(wanted) or self._slow(wanted)
         except (FirewallError, Unavailable):
             self.known = None
-            if removes and not all(policy is None for policy in policies.values()):
+            if removes and None not in policies.values():
                 return False  # networks of the other family only, on a host that may lack this one
             raise
 

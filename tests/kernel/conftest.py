@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from netplugin_sdk.linux import links
+from netplugin_sdk.linux import firewall, links
 
 from .lab import SYSCTLS, Namespace, current, run, setns, unshare
 
@@ -57,7 +57,30 @@ def iptables(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     Two programs are called iptables. This is the one over nftables, unless the test's parameter says "legacy".
     """
     request.getfixturevalue("netns")
-    kind = getattr(request, "param", "nft")
+    _install_iptables(getattr(request, "param", "nft"), tmp_path, monkeypatch)
+    _forward()
+
+
+@pytest.fixture(params=["iptables-nft", "iptables-legacy", "nftables"])
+def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A host whose firewall is written with each of these, as Docker leaves it, and `firewall` that uses it.
+
+    For iptables see that fixture; where Docker writes with nft it forbids nothing but the way to its own bridges.
+    """
+    request.getfixturevalue("netns")
+    if request.param == "nftables":
+        if missing := [tool for tool in ("nft", "ping") if not shutil.which(tool)]:
+            pytest.skip(f"not installed: {', '.join(missing)} (packages nftables, iputils-ping)")
+        firewall.use("nftables")
+    else:
+        _install_iptables(request.param.removeprefix("iptables-"), tmp_path, monkeypatch)
+        firewall.use("iptables")
+    _forward()
+    yield request.param
+    firewall.use(None)
+
+
+def _install_iptables(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = shutil.which(f"xtables-{kind}-multi")
     if program is None or not shutil.which("ping"):
         pytest.skip(f"not installed: xtables-{kind}-multi or ping (packages iptables, iputils-ping)")
@@ -73,6 +96,9 @@ def iptables(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     for command in ("iptables", "ip6tables"):
         # A rule of somebody else's, which also makes the table exist before and after.
         run(command, "-t", "nat", "-A", "POSTROUTING", "-o", "lo", "-j", "RETURN")
+
+
+def _forward() -> None:
     for sysctl in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         (SYSCTLS / sysctl).write_text("1")
     for sysctl in ("bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"):

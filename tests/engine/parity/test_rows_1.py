@@ -210,7 +210,7 @@ def test_p2_adopt(lab: Lab) -> Facts:
         "percent": "refused",
         "dot": "refused",
         "dot dot": "refused",
-        "held by no bridge": "refused: not a bridge",
+        "held by no bridge": "refused, named",
         "nothing left": [],
         "a template of the kernel": ["refused", "per0"],
     },
@@ -240,7 +240,7 @@ def test_p2_bad_names(lab: Lab) -> Facts:
     facts: Facts = {}
     for fact, name in names.items():
         said = lab.refused_network("-o", NAME + name, name=f"net{len(facts)}")
-        facts[fact] = "accepted" if not said else "refused" + (": not a bridge" if "not a bridge" in said else "")
+        facts[fact] = "accepted" if not said else "refused" + (", named" if "nobridge" in said else "")
     facts["nothing left"] = lab.left(before)
     said = lab.refused_network("-o", NAME + "per%d", name="template")
     facts["a template of the kernel"] = ["refused" if said else "accepted", *(["per0"] if lab.link("per0") else [])]

@@ -901,7 +901,7 @@ def project_of_three(own: Lab) -> None:
 
 
 def works(own: Lab) -> list[object]:
-    """Who answers at the published port, IPv4 and IPv6, and at the container's own address; whether the client gets out."""
+    """Who answers at the published port (IPv4, IPv6) and at the container's address; whether the client gets out."""
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: running(own, "web") and running(own, "client"), 30, every=0.1)
     return [
