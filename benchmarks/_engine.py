@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from netplugin_sdk.testing.engine import (
     wait_until,
 )
 
+PROCESSORS = sorted(os.sched_getaffinity(0))
 PINGPONG = str(Path(__file__).with_name("_pingpong.py"))
 PLUGIN = "myplugin"
 SETTLE = 0.3  # seconds before the other driver's turn: what one leaves to the kernel is not to be paid by the other
@@ -238,6 +240,7 @@ class Bench:
     report: Report
     options: argparse.Namespace
     say: Callable[[str], None]
+    publishes: Mapping[str, bool] = field(default_factory=dict)  # contestant → whether a published port is reached
     _pool: list[Docker] = field(default_factory=list)
 
     @property
@@ -377,9 +380,9 @@ def burst(bench: Bench) -> None:
 def one_burst(bench: Bench, contestant: str, count: int) -> tuple[float, float]:
     names = [f"burst-{i}" for i in range(count)]
     bench.docker.create_network("burst", bench.drivers[contestant])
-    bench.at_once([lambda docker, name=name: docker.create_container(name, "burst") for name in names], 4)  # type: ignore[misc]
-    started = bench.at_once([lambda docker, name=name: docker.start(name) for name in names])  # type: ignore[misc]
-    removed = bench.at_once([lambda docker, name=name: docker.remove(name) for name in names])  # type: ignore[misc]
+    bench.at_once([partial(Docker.create_container, name=name, network="burst") for name in names], 4)
+    started = bench.at_once([partial(Docker.start, container=name) for name in names])
+    removed = bench.at_once([partial(Docker.remove, container=name) for name in names])
     bench.docker.remove_network("burst")
     return started, removed
 
@@ -405,8 +408,7 @@ def scale(bench: Bench) -> None:
     for contestant, driver in bench.drivers.items():
         bench.say(f"scale, {contestant}: nothing else is there")
         bench.docker.remove_all()
-        fill = remove = 0.0
-        exist = 0
+        fill, exist = 0.0, 0
         for size in sizes:
             bench.say(f"scale, {contestant}: from {exist} to {size} networks of {most}")
             fill += bench.at_once([Filling(i, driver) for i in range(exist, size)], 4)
@@ -488,7 +490,7 @@ def data(bench: Bench) -> None:
             ends = ((client, bench.address("server", "data")), (client, OUTSIDE_ADDRESS), (OUTSIDE, ENGINE_ADDRESS))
             with serving(bench, bench.inside("server")):
                 for path, (namespace, address) in zip(paths, ends, strict=True):
-                    if namespace == OUTSIDE and not publishes(bench, contestant):
+                    if namespace == OUTSIDE and not bench.publishes[contestant]:
                         continue
                     trip = round_trip(bench, namespace, address)
                     bench.report.row("data", f"{path} round trip").add(contestant, trip)
@@ -533,13 +535,6 @@ def round_trip(bench: Bench, namespace: str, address: str) -> float:
     if done.returncode != 0:
         raise EngineError(f"round trips to {done.stderr.strip()}")
     return float(done.stdout.split()[0])
-
-
-PROCESSORS = sorted(os.sched_getaffinity(0))
-
-
-def publishes(bench: Bench, contestant: str) -> bool:
-    return bench.options.publishes[contestant]  # type: ignore[no-any-return]
 
 
 def check_publishing(bench: Bench, contestant: str) -> bool:
@@ -588,7 +583,7 @@ def measure(version: str, sections: Sequence[str], options: argparse.Namespace) 
         machine = f"Linux {platform.release()}, {len(PROCESSORS)} processors, Python {platform.python_version()}"
         report = Report(version, said, machine, list(drivers))
         bench = Bench(engine, docker, drivers, report, options, say)
-        options.publishes = {contestant: check_publishing(bench, contestant) for contestant in drivers}
+        bench.publishes = {contestant: check_publishing(bench, contestant) for contestant in drivers}
         for section in sections:
             try:
                 SECTIONS[section](bench)

@@ -26,9 +26,9 @@ from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
 from netplugin_sdk.linux import iptables, nftables
-from netplugin_sdk.linux.rules import FirewallError, Mode, Policy, check, rules
+from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
-__all__ = ["BackendName", "FirewallError", "Mode", "Policy", "close", "delete", "ensure", "settle", "use"]
+__all__ = ["GROUP", "BackendName", "FirewallError", "Mode", "Policy", "close", "delete", "ensure", "settle", "use"]
 
 _log = logging.getLogger("netplugin_sdk")
 

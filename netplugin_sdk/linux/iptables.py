@@ -36,7 +36,7 @@ from typing import Literal, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import together
-from netplugin_sdk.linux.rules import FirewallError, Place, Policy, Rule, Verdict, rules
+from netplugin_sdk.linux.rules import GROUP, FirewallError, Place, Policy, Rule, Verdict, rules
 
 _Table: TypeAlias = Literal["filter", "nat"]
 _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
@@ -45,6 +45,7 @@ _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
 _USERS = "DOCKER-USER"
 _OURS = "NETPLUGIN"
 _OUT = "NETPLUGIN_OUT"  # no bridge's: their chains begin with "NETPLUGIN-"
+_TRIES = 3
 _ISOLATION = ("DOCKER-BRIDGE", "DOCKER-ISOLATION-STAGE-2")
 """Chains in which Docker refuses what goes to its own bridges: engines ≥ 28, and before."""
 
@@ -151,6 +152,8 @@ def _line(rule: Rule, mark: str, version: int) -> str:
             parts.append(f"{flag} {name}")
     if rule.not_outgoing is not None:
         parts.append(f"! -o {rule.not_outgoing}")
+    if rule.from_bridges:
+        parts.append(f"-m devgroup --src-group {GROUP:#x}")
     if rule.icmp:
         parts.append("-p icmp" if version == 4 else "-p ipv6-icmp")
     if rule.protocol is not None:
@@ -216,7 +219,7 @@ def hook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
     Also puts our jump behind rules that the user has added since.
     """
     # -N, not ":NAME", which would empty a chain that Docker made meanwhile.
-    filter_ = [f"-N {name}" for name in (_USERS, _OURS, _OUT) if ("filter", name) not in chains]
+    filter_ = [f"-N {name}" for name in (_USERS, _OURS) if ("filter", name) not in chains]
     if not {f"-j {_USERS}", _FROM_FORWARD} & set(chains.get(("filter", "FORWARD"), ())):
         filter_ += [f"-I FORWARD 1 {_FROM_FORWARD}"]
     filter_ += _jump_after_users(chains.get(("filter", _USERS), []))
@@ -369,15 +372,18 @@ class _Family:
         """Look, and change it. False if it was so."""
         known, change = self._look(wanted)
         changed = bool(change)
+        failures = 0
         while change:
             try:
                 self._restore(change)
                 break
             except FirewallError:
-                # If Docker or the user changed the rules meanwhile, the plan was for others than these.
+                # If Docker or the user changed the rules meanwhile, the plan was for others than these. And
+                # iptables over nftables may fail when anybody commits anything at the same moment.
                 before = change
                 known, change = self._look(wanted)
-                if change == before:
+                failures += 1
+                if change == before and failures == _TRIES:
                     raise
         self._note(known, wanted)
         return changed

@@ -62,17 +62,21 @@ class Link:
 
 
 def ensure_bridge(
-    name: str, *, addresses: Iterable[IPv4Interface | IPv6Interface] = (), mtu: int | None = None
+    name: str,
+    *,
+    addresses: Iterable[IPv4Interface | IPv6Interface] = (),
+    mtu: int | None = None,
+    group: int | None = None,
 ) -> None:
     """A bridge of this name that is up and has at least these `addresses`; an existing bridge is adopted.
 
-    `mtu` is in bytes; without it a bridge takes the smallest MTU of its ports. IPv6 addresses skip duplicate address
+    `group` is that of a new bridge (``ip link set group``). `mtu` is in bytes; without it a bridge takes the smallest MTU of its ports. IPv6 addresses skip duplicate address
     detection, so they can be used at once. A bridge that was made here and could not be completed is removed again.
 
     Raises `Conflict` if an interface of another kind has the name, `LinkError` if the kernel refuses.
     """
     _check_name(name)
-    _netlink.run(_ensure_bridge, name, tuple(addresses), mtu)
+    _netlink.run(_ensure_bridge, name, tuple(addresses), mtu, group)
 
 
 def ensure_veth(
@@ -192,13 +196,15 @@ _netlink = _Workers()
 atexit.register(close)
 
 
-def _ensure_bridge(ipr: Any, name: str, addresses: tuple[IPv4Interface | IPv6Interface, ...], mtu: int | None) -> None:
+def _ensure_bridge(
+    ipr: Any, name: str, addresses: tuple[IPv4Interface | IPv6Interface, ...], mtu: int | None, group: int | None
+) -> None:
     cannot = f"bridge {name}: cannot"
     try:
         # A bridge without an address of its own takes the lowest of its ports' and changes it as they come and go,
         # and the containers' neighbour entries for their gateway go stale. One that was set stays (br_stp_if.c,
         # br_stp_recalculate_bridge_id). Random, because a bridge of the same name may stand on the same segment.
-        ipr.link("add", kind="bridge", ifname=name, address=_random_mac())
+        ipr.link("add", kind="bridge", ifname=name, address=_random_mac(), **_given(group=group))
     except NetlinkError as error:
         if error.code != errno.EEXIST:
             raise LinkError(f"{cannot} create", error) from error

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from ipaddress import IPv6Address
 
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.linux.rules import FirewallError, Place, Policy, Rule, Verdict, rules
+from netplugin_sdk.linux.rules import GROUP, FirewallError, Place, Policy, Rule, Verdict, rules
 
 _PREFIX = "netplugin-"
 
@@ -132,6 +132,8 @@ def _line(rule: Rule, policy: Policy, version: int) -> str:
     ):
         if name is not None:
             parts.append(f'{flag} "{name}"')
+    if rule.from_bridges:
+        parts.append(f"iifgroup {GROUP}")
     if rule.source is not None:
         parts.append(f"{ip} saddr {rule.source}")
     if rule.not_source is not None:

@@ -22,6 +22,9 @@ from netplugin_sdk.addresses import IPAddress, IPNetwork, TransportProtocol
 from netplugin_sdk.errors import DriverError, InvalidRequest
 from netplugin_sdk.linux.ports import Published
 
+GROUP = 0x6E70
+"""Group of interfaces (``ip link set group``) that a bridge is put into to be known as a network's."""
+
 # Tighter than the kernel: what would mean something else in a rule (quotes, a trailing "+", which is a wildcard) is
 # not a name here. 15 bytes leave room in a chain's name, which has at most 28.
 _INTERFACE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@=-]{0,14}")
@@ -135,6 +138,8 @@ class Rule:
     verdict: Verdict
     incoming: str | None = None
     not_incoming: str | None = None
+    from_bridges: bool = False
+    """Came in by an interface of the group `GROUP`."""
     outgoing: str | None = None
     not_outgoing: str | None = None
     source: IPNetwork | None = None
@@ -166,10 +171,6 @@ def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
         return (*neighbours, rest, leaving)
 
     found = [Rule(place=into, established=True, verdict=Verdict.ACCEPT), *neighbours]
-    if mode is Mode.UNPROTECTED:
-        found += [Rule(place=into, not_incoming=bridge, verdict=Verdict.ACCEPT)]
-    elif mode is Mode.ROUTED:
-        found += [Rule(place=into, not_incoming=bridge, icmp=True, verdict=Verdict.ACCEPT)]
     for endpoint, ports in policy.published.items():
         # One container's port may be published on several of the host's: opened once.
         for protocol, address, port in dict.fromkeys((p.protocol, p.address, p.port) for p in ports):
@@ -187,6 +188,12 @@ def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
                     found += [opened(translated=True), *(opened(incoming=name) for name in policy.trusted)]
                 else:
                     found += [opened(not_incoming=bridge)]
+    if mode is Mode.UNPROTECTED:
+        # Unprotected from outside, not from other networks.
+        found += [Rule(place=into, not_incoming=bridge, from_bridges=True, verdict=Verdict.DROP)]
+        found += [Rule(place=into, not_incoming=bridge, verdict=Verdict.ACCEPT)]
+    elif mode is Mode.ROUTED:
+        found += [Rule(place=into, not_incoming=bridge, icmp=True, verdict=Verdict.ACCEPT)]
     found += [rest, Rule(place=Place.OUT, incoming=bridge, verdict=Verdict.TO_OTHERS)]
     if nat:
         found += _translations(policy, version)

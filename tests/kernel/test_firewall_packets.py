@@ -143,10 +143,17 @@ def both(address4: str, address6: str, number: int) -> list[str]:
     return [f"{kind} {address} {number}" for kind in _KINDS for address in (address4, address6)]
 
 
+def _without_dad() -> None:
+    """A new interface has its link-local address, and so can ask for its neighbours, at once and not after 2 s."""
+    (SYSCTLS / "ipv6/conf/default/accept_dad").write_text("0")
+    (SYSCTLS / "ipv6/conf/default/dad_transmits").write_text("0")
+
+
 class Site:
     def __init__(self, namespace: Callable[[], Namespace]) -> None:
         self._namespace = namespace
         self._servers: list[Server] = []
+        _without_dad()
         self.outside = self._machine()
         links.ensure_veth("uplink", "far")
         run("ip", "address", "add", f"{HOST}/24", "dev", "uplink")
@@ -171,6 +178,7 @@ class Site:
 
     def _machine(self) -> Namespace:
         machine = self._namespace()
+        machine.call(_without_dad)
         self._servers.append(Server(machine))
         return machine
 

@@ -73,7 +73,7 @@ class BridgeDriver(NetworkDriver[Options]):
         if network.attached(Device) is None:
             network.attach(Device(adopted=links.exists(bridge)))
         policy = _policy(network)
-        links.ensure_bridge(bridge, addresses=_bridge_addresses(network), mtu=options.mtu)
+        links.ensure_bridge(bridge, addresses=_bridge_addresses(network), mtu=options.mtu, group=firewall.GROUP)
         _set_sysctls(network, bridge)
         firewall.ensure(policy)
 

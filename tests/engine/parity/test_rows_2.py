@@ -93,6 +93,12 @@ def eventually(lab: Lab, where: str, target: Target, timeout: float = 8) -> str:
     return found
 
 
+def wait_for_ipv6(lab: Lab) -> None:
+    """Wait until the host may use its bridges' IPv6 addresses: before engine 28, bridge leaves them to DAD."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: lab.host("ip", "-6", "address", "show", "scope", "global", "tentative") == "", 4, every=0.1)
+
+
 def running(lab: Lab, container: str) -> bool:
     inspected = lab.inspect(container)
     return bool(inspected) and bool(inspected["State"]["Running"]) and not inspected["State"]["Restarting"]
@@ -191,6 +197,7 @@ def test_p17_modes(lab: Lab) -> Facts:
 
     lab.together(*(partial(start, mode, number) for mode, number in all_modes.items()))
     lab.serve(OUTSIDE, "tcp 4000")
+    wait_for_ipv6(lab)
     probes: dict[str, tuple[str, Target]] = {}
     for mode, number in all_modes.items():
         for version, host, outside in ((4, ENGINE_ADDRESS, OUTSIDE_ADDRESS), (6, ENGINE_ADDRESS_6, OUTSIDE_ADDRESS_6)):
@@ -234,6 +241,7 @@ def test_p17_mixed(lab: Lab) -> Facts:
     lab.run("mixed", "-p", "8080:80")
     lab.serve("mixed", "tcp 80", "tcp 81")
     lab.serve(OUTSIDE, "tcp 4000")
+    wait_for_ipv6(lab)
     lab.route_outside("10.17.4.0/24")
     lab.route_outside("fd17:4::/64")
     four, six = lab.address("mixed"), lab.address("mixed", version=6)
@@ -415,9 +423,9 @@ def test_p18_internal(lab: Lab) -> Facts:
         "all": ["eth0", "foo0", "foo1"],
         "which is which": ["foo0", "foo1", "eth0"],
         "reached": "one",
-        "restarted": ["eth0", "foo0", "foo1"],
         "disconnected": ["eth0", "foo1"],
         "connected again": ["eth0", "foo0", "foo1"],
+        "restarted": ["eth0", "foo0", "foo1"],
     },
     on={version: {"connected again": ["eth0", "foo1", "foo2"]} for version in ("20.10", "26.1")},
 )
@@ -435,15 +443,12 @@ def test_p19_prefix(lab: Lab) -> Facts:
         "which is which": [interface_of(lab, "one", network) for network in ("net", "second", "third")],
         "reached": lab.ask("two", tcp(lab.address("one"), 80)).by,
     }
-    lab.docker("restart", "one")
-    facts["restarted"] = interfaces(lab, "one")
-    disconnected = interface_of(lab, "one")
     lab.docker("network", "disconnect", "net", "one")
     facts["disconnected"] = interfaces(lab, "one")
     lab.docker("network", "connect", "net", "one")
     facts["connected again"] = interfaces(lab, "one")
-    if disconnected != "foo0":  # a restart may order the networks otherwise
-        facts["disconnected"] = facts["connected again"] = f"after restart net was {disconnected}"
+    lab.docker("restart", "one")  # the engine connects the networks in any order then
+    facts["restarted"] = interfaces(lab, "one")
     return facts
 
 
@@ -1520,6 +1525,7 @@ def test_p30_trusted(lab: Lab) -> Facts:
         lab.route_outside(f"fd30:{number}::/64")
 
     lab.together(lambda: start("one", 1, "eth7:eth0"), lambda: start("two", 2, "eth7:eth8"))
+    wait_for_ipv6(lab)
     probes = {
         "host port 1": (OUTSIDE, tcp(ENGINE_ADDRESS, 8081)),
         "host port 2": (OUTSIDE, tcp(ENGINE_ADDRESS, 8082)),
