@@ -70,8 +70,9 @@ def ensure_bridge(
 ) -> None:
     """A bridge of this name that is up and has at least these `addresses`; an existing bridge is adopted.
 
-    `group` is that of a new bridge (``ip link set group``). `mtu` is in bytes; without it a bridge takes the smallest MTU of its ports. IPv6 addresses skip duplicate address
-    detection, so they can be used at once. A bridge that was made here and could not be completed is removed again.
+    `mtu` is in bytes; without it a bridge takes the smallest MTU of its ports. `group` is that of a new bridge (``ip
+    link set group``). IPv6 addresses skip duplicate address detection, so they can be used at once. A bridge that was
+    made here and could not be completed is removed again.
 
     Raises `Conflict` if an interface of another kind has the name, `LinkError` if the kernel refuses.
     """
