@@ -14,14 +14,14 @@ from typing_extensions import dataclass_transform
 
 from netplugin_sdk.errors import InvalidOption
 
-_NATIVE = (
-    ipaddress.IPv4Address,
-    ipaddress.IPv6Address,
-    ipaddress.IPv4Interface,
-    ipaddress.IPv6Interface,
-    ipaddress.IPv4Network,
-    ipaddress.IPv6Network,
-)
+_NATIVE: dict[type, str] = {
+    ipaddress.IPv4Address: "IPv4 address",
+    ipaddress.IPv6Address: "IPv6 address",
+    ipaddress.IPv4Interface: "IPv4 address with prefix length",
+    ipaddress.IPv6Interface: "IPv6 address with prefix length",
+    ipaddress.IPv4Network: "IPv4 network",
+    ipaddress.IPv6Network: "IPv6 network",
+}
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
 
 
@@ -70,8 +70,11 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 def from_text(wanted: type, text: Any) -> Any:
     """What `text` says as a `wanted`: for msgspec, which asks for the types that are not its own."""
-    if wanted in _NATIVE:
-        return wanted(text)
+    if (what := _NATIVE.get(wanted)) is not None:
+        try:
+            return wanted(text)
+        except ValueError as error:
+            raise ValueError(f"expected an {what}: {error}") from None
     if parse := getattr(wanted, "parse", None):
         return parse(text)
     raise NotImplementedError(f"{wanted.__name__} cannot be made from text: it has no class method parse(text)")
@@ -86,7 +89,8 @@ def _explain(reason: str, given: Mapping[str, str], options: type[DriverOptions]
         (kind,) = (field.type for field in msgspec.structs.fields(options) if field.encode_name == name)
         if values := [str(member.value) for enumeration in _enums(kind) for member in enumeration]:
             wanted = f"expected {', '.join(values[:-1])} or {values[-1]}"
-        return f"option {name}={given[name]!r}: {wanted[:1].lower()}{wanted[1:]}"
+        text = repr(given[name])
+        return f"option {name}={text if len(text) <= 80 else text[:77] + '...'}: {wanted[:1].lower()}{wanted[1:]}"
     if match := _MISSING_FIELD.match(reason):
         return f"option {match[1]!r} must be given; {options._known()}"
     return reason

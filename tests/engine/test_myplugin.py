@@ -174,7 +174,7 @@ def test_a_network_in_use_cannot_be_removed(engine: PrivateEngine) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["-o", "com.docker.network.driver.mtu=none"], "option com.docker.network.driver.mtu='none': expected int"),
+        (["-o", "com.docker.network.driver.mtu=none"], "option com.docker.network.driver.mtu='none': expected 68 to 65535, or 0 for 1500"),
         (["-o", "nonsense=1"], "unknown option 'nonsense'; known options: com.docker.network"),
     ],
 )

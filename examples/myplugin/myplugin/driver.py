@@ -109,7 +109,7 @@ class BridgeDriver(NetworkDriver[Options]):
         """Make the veth pair; the engine takes one end."""
         outside, inside = endpoint.interface_name("ve"), endpoint.interface_name("vc")
         links.ensure_veth(outside, inside, master=_bridge(network), mtu=network.options.mtu)
-        return Join(inside, prefix=network.options.prefix or "eth", gateways=_gateways(network))
+        return Join(inside, prefix=network.options.prefix, gateways=_gateways(network))
 
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         """Delete the pair by its outer end, wherever the inner one is."""

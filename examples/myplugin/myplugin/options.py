@@ -1,19 +1,41 @@
 """What ``docker network create -d myplugin -o KEY=VALUE`` understands: the keys of Docker's own bridge driver."""
 
 from ipaddress import IPv4Address, IPv6Address
-from typing import Annotated
+from typing import Self
 
-from msgspec import Meta, field
+from msgspec import field
 
 from netplugin_sdk import DriverOptions
 from netplugin_sdk.linux.firewall import Mode
 
 
+class Mtu(int):
+    """An MTU in bytes that IPv4 takes (RFC 791); bridge's 0 is 1500."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError for what is none."""
+        if not text.isdecimal() or not 68 <= (value := int(text) or 1500) <= 65535:
+            raise ValueError("expected 68 to 65535, or 0 for 1500")
+        return cls(value)
+
+
+class Prefix(str):
+    """What interfaces' names may begin with: the kernel takes 15 bytes with the number (IFNAMSIZ)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError for what cannot be in a name."""
+        if len(text.encode()) > 12 or not text.isprintable() or set(text) & set(" /:%"):
+            raise ValueError("expected up to 12 bytes without white space, '/', ':' or '%'")
+        return cls(text or "eth")
+
+
 class Options(DriverOptions):
     """The options of one network, with their defaults."""
 
-    mtu: Annotated[int, Meta(ge=68, le=65535)] = field(name="com.docker.network.driver.mtu", default=1500)
-    """MTU in bytes of the bridge, the veths and the containers' interfaces; 68 is IPv4's least (RFC 791)."""
+    mtu: Mtu = field(name="com.docker.network.driver.mtu", default=Mtu(1500))
+    """MTU of the bridge, the veths and the containers' interfaces."""
 
     bridge: str = field(name="com.docker.network.bridge.name", default="")
     """Name of the bridge; empty is ``br-`` and 12 characters of the network's id. One that exists is used, and kept."""
@@ -47,7 +69,5 @@ class Options(DriverOptions):
     inhibit_ipv4: bool = field(name="com.docker.network.bridge.inhibit_ipv4", default=False)
     """Whether the bridge gets no IPv4 address."""
 
-    prefix: Annotated[str, Meta(pattern=r"^[^\s/:%]{0,12}$")] = field(
-        name="com.docker.network.container_iface_prefix", default="eth"
-    )
-    """What the names of the containers' interfaces begin with: up to 12 characters, before the number."""
+    prefix: Prefix = field(name="com.docker.network.container_iface_prefix", default=Prefix("eth"))
+    """What the names of the containers' interfaces begin with, before the number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_sessionfinish(session: pytest.Session) -> None:
     outcomes = session.config.stash.get(OUTCOMES, [])
     if session.config.getoption("--parity-table", default=False) and outcomes:
-        TABLE.write_text(table(outcomes, " ".join(["pytest", *sys.argv[1:]])))
+        TABLE.write_text(table(outcomes, shlex.join(["pytest", *sys.argv[1:]])))
 
 
 def table(outcomes: list[Outcome], command: str) -> str:
@@ -89,6 +90,7 @@ def _cell(outcomes: list[Outcome], notes: list[str]) -> str:
         return "not tried"
 
     def note(text: str) -> str:
+        text = " ".join(text.split())
         if text not in notes:
             notes.append(text)
         return str(notes.index(text) + 1)

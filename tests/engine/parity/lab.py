@@ -614,8 +614,10 @@ class Both:
             if "docker" not in seen:
                 outcome.problems.append(f"myplugin: the engine does it though engine_since={row.engine_since}")
             return f"engine cannot: {seen.get('docker', seen)}"
+        reasons: dict[str, list[str]] = {}
         for difference in self._differences(row):
-            outcome.notes.append(f"{difference.fact}: {difference.why}")
+            reasons.setdefault(difference.why, []).append(difference.fact)
+        outcome.notes += [f"{', '.join(facts)}: {why}" for why, facts in reasons.items()]
         if seen == wanted:
             return "does it"
         outcome.problems.append("myplugin: " + _difference(seen, wanted, "seen"))

@@ -463,14 +463,19 @@ def test_p6_isolation_6(lab: Lab) -> Facts:
     return isolation(lab, 6, *subnets)
 
 
-@row("P6", "against docker0", dict.fromkeys(("to ping", "to tcp", "from ping", "from tcp"), False))
+@row(
+    "P6",
+    "against docker0",
+    {**dict.fromkeys(("to ping", "to tcp", "from ping", "from tcp"), False), "tcp from the host": [True, True]},
+)
 def test_p6_docker0(lab: Lab) -> Facts:
     lab.network()
     lab.together(lambda: lab.run("one"), lambda: lab.run("two", network="bridge"))
     lab.serve("one", "tcp 80")
     lab.serve("two", "tcp 80")
     one, two = lab.address("one"), lab.address("two", "bridge")
-    return lab.reached(
+    from_host = lab.reached({address: (HOST, tcp(address, 80)) for address in (one, two)})
+    seen = lab.reached(
         {
             "to ping": ("one", ping(two)),
             "to tcp": ("one", tcp(two, 80)),
@@ -478,6 +483,7 @@ def test_p6_docker0(lab: Lab) -> Facts:
             "from tcp": ("two", tcp(one, 80)),
         }
     )
+    return {**seen, "tcp from the host": list(from_host.values())}
 
 
 @row(
