@@ -682,9 +682,10 @@ def encode(answer: Mapping[str, Any] | msgspec.Struct) -> bytes:
 
 
 def _to_json(value: Any) -> Any:
-    # IPv4Interface is an IPv4Address, MacAddress a str
-    if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network | MacAddress):
+    if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network):  # IPv4Interface is an IPv4Address
         return str(value)
+    if isinstance(value, str):  # msgspec takes no subclasses, such as MacAddress or a type of a driver's options
+        return str.__str__(value)
     raise TypeError(f"an answer cannot hold {value!r}")
 
 

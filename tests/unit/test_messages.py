@@ -874,3 +874,11 @@ def test_what_the_request_held_cannot_be_changed(filled: EndpointInterface, text
     asked = EndpointInterface(address=IPv4Interface("172.18.0.2/16"), mac_address=MacAddress("02:00:00:00:00:01"))
     with pytest.raises(ValueError, match=f"create_endpoint changed {text}"):
         m.only_new(filled, beside=asked)
+
+
+def test_an_answer_may_hold_a_text_of_a_class_of_the_drivers() -> None:
+    class Prefix(str):
+        __slots__ = ()
+
+    wire = m.Join("vc-1", prefix=Prefix("foo")).to_wire((), internal=False)
+    assert json.loads(m.encode(wire))["InterfaceName"] == {"SrcName": "vc-1", "DstPrefix": "foo"}

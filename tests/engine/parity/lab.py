@@ -666,6 +666,8 @@ class Both:
 
 
 def _difference(seen: Facts, wanted: Facts, name: str) -> str:
+    if "docker" in seen and "docker" not in wanted:
+        return f"failed: {seen['docker']}"
     return "; ".join(
         f"{fact}: {name} {seen.get(fact, 'nothing')!r}, wanted {wanted.get(fact, 'nothing')!r}"
         for fact in {**wanted, **seen}

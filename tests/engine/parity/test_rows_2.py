@@ -41,7 +41,9 @@ def option(key: str, value: str) -> tuple[str, str]:
 
 def says(text: str, *words: str) -> bool | str:
     """Whether docker refused, and named all of these; if not, what it said."""
-    return all(word.lower() in text.lower() for word in words) if text else "not refused"
+    if not text:
+        return "not refused"
+    return all(word.lower() in text.lower() for word in words) or text
 
 
 def answers(name: str) -> tuple[str, ...]:
