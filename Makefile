@@ -1,11 +1,13 @@
-# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|host)
+# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host)
 # make test   every check and every test, real engines included
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
+# make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
+# make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md
 ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-engine parity clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,12 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/footprint.py
+
+bench-engine: .venv/.dev
+	$(BIN)/python benchmarks/engine.py --engine $(ENGINE) --json build/engine-$(ENGINE).json --svg docs/engine-benchmark.svg
+
+parity: .venv/.dev
+	$(BIN)/python -m pytest tests/engine/parity --parity-table
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """What `make demo` runs: a real Docker Engine uses myplugin, command by command, with what each prints.
 
-    python examples/demo.py [--engine 26.1|20.10|host]
+    python examples/demo.py [--engine 26.1|20.10|28.5|host]
 
 With a version, a private engine of that version is started in namespaces of its own and ended again; nothing of this
 machine is changed. With `host`, the Docker of this machine is used: the plugin runs here, and what was made is removed.

@@ -391,13 +391,15 @@ class Store(Generic[OptionsT]):
 
     def _save(self, record: _Record[RowT], **changes: bytes | str | None) -> None:
         row: RowT = msgspec.structs.replace(record.row, **changes)
+        # What is half done ends with the power, and its completion syncs what is before it in the log.
+        synced = row.synced and row.intent is None
         if row.key is not None:
             columns = ", ".join([f"{column} = ?" for column in changes])
-            self._write(row.synced, f"UPDATE {row.table} SET {columns} WHERE key = ?", (*changes.values(), row.key))
+            self._write(synced, f"UPDATE {row.table} SET {columns} WHERE key = ?", (*changes.values(), row.key))
         else:
             values = msgspec.structs.astuple(row)
             places = ", ".join("?" * len(values))
-            key = self._write(row.synced, f"INSERT INTO {row.table} VALUES ({places})", values)
+            key = self._write(synced, f"INSERT INTO {row.table} VALUES ({places})", values)
             row = msgspec.structs.replace(row, key=key)
         record.row = row
         if isinstance(record, Network):

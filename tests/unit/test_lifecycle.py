@@ -20,6 +20,7 @@ from netplugin_sdk import (
     DriverError,
     Endpoint,
     EndpointInterface,
+    EndpointOptions,
     IpamDriver,
     Join,
     MacAddress,
