@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, TypeAlias
 
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.messages import (
@@ -25,6 +25,9 @@ from netplugin_sdk.messages import (
 )
 from netplugin_sdk.options import DriverOptions
 from netplugin_sdk.state import Endpoint, Network, OptionsT, Sandbox
+
+Rest: TypeAlias = Callable[[], object]
+"""What is left to do after an answer."""
 
 
 class NetworkDriver(ABC, Generic[OptionsT]):
@@ -75,8 +78,14 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         """
 
     @abstractmethod
-    def delete_network(self, network: Network[OptionsT]) -> None:
-        """Remove the network (``DeleteNetwork``). Its endpoints are gone."""
+    def delete_network(self, network: Network[OptionsT]) -> Rest | None:
+        """Remove the network (``DeleteNetwork``). Its endpoints are gone.
+
+        Returns:
+            What may be done after the answer, such as ``partial(links.delete, bridge)``, for which the kernel takes
+            36 ms; None if all is done. The network stays on disk until it is done, so if the plugin dies before, this
+            method runs again when it starts. Networks are created only when it is done.
+        """
 
     @abstractmethod
     def create_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> EndpointInterface | None:
@@ -87,8 +96,12 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         """
 
     @abstractmethod
-    def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
-        """Remove what `create_endpoint` made (``DeleteEndpoint``). The endpoint has left its sandbox."""
+    def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Rest | None:
+        """Remove what `create_endpoint` made, and what is left of it (``DeleteEndpoint``). It has left its sandbox.
+
+        Returns:
+            What may be done after the answer, as from `delete_network`; None if all is done.
+        """
 
     @abstractmethod
     def join(self, network: Network[OptionsT], endpoint: Endpoint, sandbox: Sandbox) -> Join:
@@ -96,7 +109,12 @@ class NetworkDriver(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def leave(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
-        """Take the endpoint out of its sandbox (``Leave``): delete the link that `join` made, wherever it is now."""
+        """Take the endpoint out of its sandbox (``Leave``).
+
+        The engine moves the link that `join` named back to the plugin's network namespace afterwards, and complains in
+        its log if the link is gone; Engine 28 then also counts it as still there when it numbers the container's next
+        interface. So the place to delete it is `delete_endpoint`.
+        """
 
     # ------------------------------------------------------------------------------ optional: override what you need
 

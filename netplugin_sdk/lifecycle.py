@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, TypeAlias
 
 from netplugin_sdk import messages
-from netplugin_sdk.driver import IpamDriver, NetworkDriver
+from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import Conflict, NotFound
 from netplugin_sdk.messages import EndpointInterface, Message, Scope
 from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
@@ -73,6 +75,44 @@ class _Held:
                 del self._locks[self._key]
 
 
+class _Rests:
+    """A thread for what is done after answers, one thing after the other. It ends when there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._steps: deque[Callable[[], object]] = deque()
+        self._running = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._running
+
+    def submit(self, step: Callable[[], object]) -> None:
+        """Do it, after what came before. It raises nothing."""
+        with self._changed:
+            self._steps.append(step)
+            if not self._running:
+                threading.Thread(target=self._run, name="rests").start()
+                self._running = True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._steps:
+                    self._running = False
+                    self._changed.notify_all()
+                    return
+                step = self._steps.popleft()
+            step()
+
+    def wait(self) -> None:
+        """Wait until there is nothing to do."""
+        if self._running:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._running)
+
+
 class NetworkLifecycle(Generic[OptionsT]):
     """Serves the ``NetworkDriver`` methods with a driver and the store of its networks."""
 
@@ -80,24 +120,41 @@ class NetworkLifecycle(Generic[OptionsT]):
         self._driver = driver
         self._store = store
         self._locks = _Locks()
+        self._rests = _Rests()
         driver.networks = MappingProxyType(store.networks)
 
     def restore(self) -> None:
-        """Bring back what is on disk and may be gone from the kernel, as after a reboot. Failures are logged."""
+        """Finish what was being deleted, and bring back what may be gone from the kernel, as after a reboot.
+
+        Failures are logged, and what is half made is left to the engine, which asks again.
+        """
         for network in tuple(self._store.networks.values()):
-            if network.row.intent is not None:
-                continue  # half made or half removed: the engine asks again
-            try:
-                self._driver.create_network(network)
-            except Exception:
-                _log.exception("%r cannot be restored", network)
-                continue
             for endpoint in tuple(network.endpoints.values()):
-                if endpoint.external is not None and endpoint.row.intent is None:
-                    try:
-                        self._driver.program_external_connectivity(network, endpoint, endpoint.external)
-                    except Exception:
-                        _log.exception("the external connectivity of %r cannot be restored", endpoint)
+                if endpoint.row.intent == "DeleteEndpoint":
+                    self._try("finish to delete", endpoint, partial(self._drop_endpoint, network, endpoint))
+            if network.row.intent == "DeleteNetwork":
+                self._try("finish to delete", network, partial(self._drop_network, network))
+        for network in tuple(self._store.networks.values()):
+            if network.row.intent is None and self._try(
+                "restore", network, partial(self._driver.create_network, network)
+            ):
+                for endpoint in tuple(network.endpoints.values()):
+                    if endpoint.external is not None and endpoint.row.intent is None:
+                        program = self._driver.program_external_connectivity
+                        self._try("publish again", endpoint, partial(program, network, endpoint, endpoint.external))
+
+    @staticmethod
+    def _try(what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
+        try:
+            step()
+        except Exception:
+            _log.exception("cannot %s %r", what, record)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Wait until what is done after answers is done."""
+        self._rests.wait()
 
     def routes(self) -> Routes:
         """The methods that this driver has. What is missing here is a 404: "method not supported"."""
@@ -152,6 +209,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             else:
                 network = self._store.new_network(request, body)
                 _ = network.options  # refused before anything is made
+                self._rests.wait()  # it may want what a network that is going has
             self._store.save(network, intent="CreateNetwork")
             try:
                 self._driver.create_network(network)
@@ -168,16 +226,34 @@ class NetworkLifecycle(Generic[OptionsT]):
                 _log.warning("DeleteNetwork: network %s is unknown, nothing to delete", request.network_id[:12])
                 return _DONE
             self._store.save(network, intent="DeleteNetwork")
-            self._drop_network(network)
+            for endpoint in tuple(network.endpoints.values()):
+                _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
+                self._store.save(endpoint, intent="DeleteEndpoint")
+                self._drop_endpoint(network, endpoint)
+            self._finish(network, self._driver.delete_network(network))
             return _DONE
 
     def _drop_network(self, network: Network[OptionsT]) -> None:
         for endpoint in tuple(network.endpoints.values()):
-            _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
-            self._store.save(endpoint, intent="DeleteEndpoint")
             self._drop_endpoint(network, endpoint)
-        self._driver.delete_network(network)
+        if (rest := self._driver.delete_network(network)) is not None:
+            rest()
         self._store.forget(network)
+
+    def _finish(self, record: Network[OptionsT] | Endpoint, rest: Rest | None) -> None:
+        """Forget the record, at once or when the rest is done."""
+        if rest is None and self._rests.idle:
+            self._store.forget(record)
+            return
+
+        def finish() -> None:
+            if rest is not None:
+                rest()
+            self._store.forget(record)
+
+        # Gone for everybody but the file: should the plugin die, what is left to do is found there.
+        self._store.unlist(record)
+        self._rests.submit(partial(self._try, "finish to delete", record, finish))
 
     def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
@@ -226,17 +302,21 @@ class NetworkLifecycle(Generic[OptionsT]):
                 return _DONE
             network, endpoint = found
             self._store.save(endpoint, intent="DeleteEndpoint")
-            self._drop_endpoint(network, endpoint)
+            self._finish(endpoint, self._end_endpoint(network, endpoint))
             return _DONE
 
     def _drop_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        if (rest := self._end_endpoint(network, endpoint)) is not None:
+            rest()
+        self._store.forget(endpoint)
+
+    def _end_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Rest | None:
         # The engine revokes and leaves first, unless the plugin was down when it did.
         if endpoint.row.external_request is not None:
             self._drop_external(network, endpoint, then="DeleteEndpoint")
         if endpoint.may_be_joined:
             self._drop_join(network, endpoint)
-        self._driver.delete_endpoint(network, endpoint)
-        self._store.forget(endpoint)
+        return self._driver.delete_endpoint(network, endpoint)
 
     def _endpoint_oper_info(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):

@@ -58,15 +58,16 @@ class Plugin:
         if not drivers or len(kinds) != len(drivers):
             raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
         self._store: Store[Any] | None = None
+        self._lifecycle: NetworkLifecycle[Any] | None = None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
         try:
             for kind, driver in kinds.items():
                 if isinstance(driver, NetworkDriver):
                     self._store = Store(None if state is None else Path(state), driver.options_type)
-                    lifecycle = NetworkLifecycle(driver, self._store)
-                    routes = lifecycle.routes()
-                    lifecycle.restore()
+                    self._lifecycle = NetworkLifecycle(driver, self._store)
+                    routes = self._lifecycle.routes()
+                    self._lifecycle.restore()
                 else:
                     routes = IpamLifecycle(driver).routes()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
@@ -145,7 +146,12 @@ class Plugin:
         return response(environ, start_response)
 
     def close(self) -> None:
-        """Let the state folder go. Call it when no call is running; the plugin cannot be used afterwards."""
+        """Finish what is done after answers, and let the state folder go.
+
+        Call it when no call is running; the plugin cannot be used afterwards.
+        """
+        if self._lifecycle is not None:
+            self._lifecycle.close()
         if self._store is not None:
             self._store.close()
 

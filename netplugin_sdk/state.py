@@ -424,10 +424,18 @@ class Store(Generic[OptionsT]):
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
         with self._lock:
             self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
-            if isinstance(record, Network):
-                self.networks.pop(record.id, None)
-            else:
-                self.networks[record.network_id]._endpoints.pop(record.id, None)
+            self._unlist(record)
+
+    def unlist(self, record: Network[OptionsT] | Endpoint) -> None:
+        """Take the record from the list: for everybody it is gone, and only the file still has it."""
+        with self._lock:
+            self._unlist(record)
+
+    def _unlist(self, record: Network[OptionsT] | Endpoint) -> None:
+        if isinstance(record, Network):
+            self.networks.pop(record.id, None)
+        elif (network := self.networks.get(record.network_id)) is not None:
+            network._endpoints.pop(record.id, None)
 
     def _lists(self, record: object) -> bool:
         if isinstance(record, Endpoint):

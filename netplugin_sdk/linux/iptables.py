@@ -45,7 +45,7 @@ _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
 _USERS = "DOCKER-USER"
 _OURS = "NETPLUGIN"
 _OUT = "NETPLUGIN_OUT"  # no bridge's: their chains begin with "NETPLUGIN-"
-_TRIES = 3
+_TRIES = 5
 _ISOLATION = ("DOCKER-BRIDGE", "DOCKER-ISOLATION-STAGE-2")
 """Chains in which Docker refuses what goes to its own bridges: engines ≥ 28, and before."""
 
@@ -380,11 +380,10 @@ class _Family:
             except FirewallError:
                 # If Docker or the user changed the rules meanwhile, the plan was for others than these. And
                 # iptables over nftables may fail when anybody commits anything at the same moment.
-                before = change
-                known, change = self._look(wanted)
                 failures += 1
-                if change == before and failures == _TRIES:
+                if failures == _TRIES:
                     raise
+                known, change = self._look(wanted)
         self._note(known, wanted)
         return changed
 

@@ -148,7 +148,7 @@ def _line(rule: Rule, policy: Policy, version: int) -> str:
         parts.append("ct state established,related")
     if rule.translated:
         parts.append("ct status dnat")
-    if not (rule.source or rule.not_source or rule.destination):
+    if not (rule.source or rule.not_source or rule.destination or rule.icmp):  # these imply the version
         parts.insert(0, f"meta nfproto ipv{version}")
     network = f" network {policy.network}" if policy.network else ""
     endpoint = f" endpoint {rule.endpoint}" if rule.endpoint else ""

@@ -255,11 +255,13 @@ class PrivateEngine:
         image = root_file_system(version)
         labs = _cache() / "labs"
         labs.mkdir(parents=True, exist_ok=True)
-        _remove_stale(labs)
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{version}-", dir=labs))
-        """What it keeps on disk; removed with it."""
-        self._lock = (self.folder / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with (labs / ".lock").open("w") as one_at_a_time:  # a lab that is not locked yet is not stale
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            _remove_stale(labs)
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{version}-", dir=labs))
+            """What it keeps on disk; removed with it."""
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._first: subprocess.Popen[bytes] | None = None
         try:
             for name in ("root", "upper", "work", "data", "lib-upper", "lib-work"):
@@ -470,7 +472,7 @@ def wait_until(condition: Callable[[], bool], timeout: float, every: float = 0.0
 
 def _remove_stale(labs: Path) -> None:
     """Remove labs whose owners were killed: their locks are free."""
-    for lab in labs.iterdir():
+    for lab in labs.glob("[!.]*"):
         with contextlib.suppress(OSError), (lab / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_lab(lab)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,11 @@ from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.errors import InvalidRequest, Unavailable
 from netplugin_sdk.linux import firewall
 from netplugin_sdk.linux.firewall import FirewallError, Mode, Policy
+from netplugin_sdk.linux.iptables import parse
 from netplugin_sdk.linux.ports import Published
 
+from ..unit.test_rules import GOLDEN, POLICIES, Host
 from .lab import run
-
-UNIT = Path(__file__).parents[1] / "unit"
-GOLDEN = runpy.run_path(str(UNIT / "test_rules.py"))
-"""The policies of the golden files, and how those are written."""
 
 SUBNETS = (ip_network("10.1.0.0/24"), ip_network("fd00:1::/64"))
 COMMANDS = ("iptables", "ip6tables")
@@ -114,32 +113,35 @@ def docker_starts(*, old: bool = False) -> None:
             run(command, "-A", "DOCKER-USER", "-j", "RETURN")
 
 
-# ------------------------------------------------------------------------------------------------- what stands there
+# ---------------------------------------------------------------------------------------------------- what stands there
 
 
-@pytest.mark.parametrize("name", GOLDEN["POLICIES"])
-def test_the_programs_print_what_the_golden_files_show(backend: str, name: str) -> None:
-    """So it can be compared; if another version of a program did not, rules would be replaced at each look."""
-    golden = (UNIT / "golden" / f"{name}.txt").read_text()
-    firewall.ensure(GOLDEN["POLICIES"][name])
-    parts = dict(re.findall(r"^# (iptables|ip6tables|nft)\n\n(.*?)(?=^# |\Z)", golden, re.MULTILINE | re.DOTALL))
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *(("iptables-nft", name) for name in POLICIES),
+        *(("nftables", name) for name in POLICIES),
+        *(("iptables-legacy", name) for name in ("nat-unprotected", "nat4-routed6", "trusted", "two-endpoints")),
+    ],
+    indirect=["backend"],
+)
+def test_the_programs_print_what_the_golden_files_show(backend: str, name: str, programs: list[str]) -> None:
+    """So the second time reads and changes nothing; if a program printed it otherwise, each look would replace it."""
+    golden = (GOLDEN / f"{name}.txt").read_text()
+    parts = dict(re.findall(r"^# (iptables|ip6tables|nft)\n\n(.*?\n)\n?(?=^# |\Z)", golden, re.MULTILINE | re.DOTALL))
+    firewall.ensure(POLICIES[name])
     if backend == "nftables":
         assert run("nft", "list", "table", "inet", "netplugin-br-1") == parts["nft"]
-        return
-    for command in COMMANDS:
+    for command in COMMANDS if backend != "nftables" else ():
         if command in parts:
-            chains = firewall.iptables.parse(run(f"{command}-save"))
+            chains = parse(run(f"{command}-save"))
             chains["nat", "POSTROUTING"].remove("-o lo -j RETURN")  # the fixture's
-            assert str(GOLDEN["Host"].with_chains(chains)) == parts[command].rstrip("\n") + "\n"
+            assert str(Host.with_chains(chains)) == parts[command]
 
-
-@pytest.mark.parametrize("name", GOLDEN["POLICIES"])
-def test_the_second_time_reads_and_changes_nothing(backend: str, name: str, programs: list[str]) -> None:
-    firewall.ensure(GOLDEN["POLICIES"][name])
     before = rules(backend)
     firewall.close()  # all is forgotten
     programs.clear()
-    firewall.ensure(GOLDEN["POLICIES"][name])
+    firewall.ensure(POLICIES[name])
     assert set(programs) <= LOOKS
     assert "nft list" in programs or "iptables-save" in programs
     assert rules(backend) == before
@@ -155,7 +157,11 @@ def test_twice_is_once(backend: str) -> None:
     assert rules(backend) == once
 
 
-@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "close"),
+    [("iptables-nft", False), ("iptables-nft", True), ("iptables-legacy", True), ("nftables", False)],
+    indirect=["backend"],
+)
 def test_again_with_other_wishes_leaves_nothing_of_the_old(backend: str, close: bool) -> None:
     """Also those of a process that was before us."""
     wishes = [
@@ -240,10 +246,12 @@ def test_a_chain_that_a_user_has_filled_or_uses_stays(backend: str) -> None:
 
 
 @iptables_only
-def test_rules_of_others_of_every_kind_are_read(backend: str) -> None:
+@pytest.mark.usefixtures("backend")
+def test_rules_of_others_of_every_kind_are_read() -> None:
     run("iptables", "-A", "FORWARD")
     run("iptables", "-A", "FORWARD", "-m", "comment", "--comment", 'a "quoted" \\ one')
-    subprocess.run([b"iptables", b"-A", b"FORWARD", b"-m", b"comment", b"--comment", b"\xff\xfe", b"-j", b"RETURN"])
+    strange = [b"iptables", b"-A", b"FORWARD", b"-m", b"comment", b"--comment", b"\xff\xfe", b"-j", b"RETURN"]
+    subprocess.run(strange, check=True)
     before = run("iptables-save", "-t", "nat")
     firewall.ensure(FULL)
     firewall.delete("br-1")
@@ -251,7 +259,8 @@ def test_rules_of_others_of_every_kind_are_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["nftables"], indirect=True)
-def test_tables_of_others_of_every_kind_are_read(backend: str) -> None:
+@pytest.mark.usefixtures("backend")
+def test_tables_of_others_of_every_kind_are_read() -> None:
     run("nft", "add table inet netplug; add chain inet netplug c; add table ip netplugin-br-1")
     text = b'add rule inet netplug c accept comment "\xff"\n'
     subprocess.run(["nft", "-f", "-"], input=text, check=True)
@@ -262,7 +271,7 @@ def test_tables_of_others_of_every_kind_are_read(backend: str) -> None:
     assert "inet netplugin-br-1" not in run("nft", "list", "tables")
 
 
-# ------------------------------------------------------------------------------------------------------- beside Docker
+# -------------------------------------------------------------------------------------------------------- beside Docker
 
 
 @pytest.mark.usefixtures("lively")
@@ -282,10 +291,10 @@ def test_an_engine_that_starts_later(backend: str, old: bool) -> None:
     assert rules(backend).count("FORWARD") == 4
 
 
-@pytest.mark.usefixtures("lively")
+@pytest.mark.usefixtures("lively", "backend")
 @pytest.mark.parametrize("old", [False, True])
 @iptables_only
-def test_our_jump_stands_behind_the_users_rules(backend: str, old: bool) -> None:
+def test_our_jump_stands_behind_the_users_rules(old: bool) -> None:
     docker_starts(old=old)
     run("iptables", "-I", "DOCKER-USER", "-s", "192.0.2.66", "-j", "DROP")
     firewall.ensure(FULL)
@@ -309,7 +318,7 @@ def settle_repairs() -> None:
     firewall.settle()
 
 
-# --------------------------------------------------------------------------------------------------- at the same time
+# ----------------------------------------------------------------------------------------------------- at the same time
 
 
 def test_what_only_takes_away_happens_in_the_background(backend: str) -> None:
@@ -335,8 +344,6 @@ def test_close_waits_for_what_was_asked(backend: str) -> None:
 @contextmanager
 def held_lock() -> Iterator[None]:
     """Somebody else is changing rules."""
-    import fcntl
-
     with Path("/proc/thread-self/ns/net").open("rb") as namespace:
         fcntl.flock(namespace, fcntl.LOCK_EX)
         yield
@@ -398,7 +405,7 @@ def test_a_policy_that_is_refused_does_not_hurt_the_others(backend: str) -> None
     assert all(f"br-{number}" in found for number in range(6))
 
 
-# ---------------------------------------------------------------------------------------- others change, and it is repaired
+# ------------------------------------------------------------------------------------ others change, and it is repaired
 
 
 def put_back(caplog: pytest.LogCaptureFixture) -> int:
@@ -406,38 +413,47 @@ def put_back(caplog: pytest.LogCaptureFixture) -> int:
 
 
 FLUSHES = {
-    "iptables": ["iptables -F", "iptables -t nat -F", "iptables -X"],
-    "both": [f"{c} {what}" for c in COMMANDS for what in ("-F", "-t nat -F", "-X", "-t nat -X")],
+    "rules": ["iptables -F", "iptables -t nat -F"],
+    "all": [f"{command} {what}" for command in COMMANDS for what in ("-F", "-X", "-t nat -F", "-t nat -X")],
     "nft": ["nft flush ruleset"],
 }
 
 
-@pytest.mark.parametrize("how", FLUSHES)
+def flush(backend: str, how: str | None = None) -> None:
+    for line in FLUSHES[how or ("nft" if backend == "nftables" else "rules")]:
+        # -X fails where something has been put back already.
+        done = subprocess.run(line.split(), check=False, capture_output=True)
+        assert done.returncode == 0 or "-X" in line, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [
+        ("iptables-nft", "rules"),
+        ("iptables-nft", "all"),
+        ("iptables-nft", "nft"),
+        ("iptables-legacy", "rules"),
+        ("iptables-legacy", "all"),
+        ("nftables", "nft"),
+    ],
+    indirect=["backend"],
+)
 def test_a_flush_is_repaired_within_a_second_and_logged(
     backend: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if (how == "nft") == (backend == "iptables-legacy") or (how == "iptables" and backend == "nftables"):
-        pytest.skip("not a change of this back end's rules") if how != "both" else None
-    if backend == "nftables" and how != "nft":
-        pytest.skip("not a change of this back end's rules")
     if backend == "iptables-legacy":
         monkeypatch.setattr(firewall._Keeper, "_POLL", 0.3)  # it is not told
-    docker_starts() if backend != "nftables" else None
     firewall.ensure(FULL)
     firewall.ensure(policy("br-2", internal=True))
     wanted = ours(backend)
-    for command in FLUSHES[how]:
-        run(*command.split())
-    assert ours(backend) != wanted
+    flush(backend, how)
     until(lambda: ours(backend) == wanted, within=1)
     until(lambda: put_back(caplog) >= 1, within=1)
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
 def ours(backend: str) -> list[str]:
-    """What we have made, but for the one jump that Docker may have made as well."""
-    lines = [line for line in rules(backend).splitlines() if not re.match(r":(?!NETPLUGIN)|\*|-A FORWARD|COMMIT", line)]
-    return sorted(line for line in lines if "netplugin" in line.lower())
+    return sorted(line for line in rules(backend).splitlines() if "netplugin" in line.lower())
 
 
 @pytest.mark.usefixtures("lively")
@@ -494,10 +510,16 @@ def test_what_others_have_changed_for_themselves_is_kept(
 
 
 @announced_only
-def test_our_own_changes_cost_no_look(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
+@pytest.mark.usefixtures("backend")
+def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
     repair = firewall._repair
-    monkeypatch.setattr(firewall, "_repair", lambda *args: (looks.append(args), repair(*args)))
+
+    def look(*args: Any) -> None:
+        looks.append(args)
+        repair(*args)
+
+    monkeypatch.setattr(firewall, "_repair", look)
     monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.02)
     for turn in range(5):
         for number in range(3):
@@ -516,22 +538,18 @@ def test_a_refused_policy_does_not_keep_the_others_from_repair(backend: str) -> 
     complete = rules(backend)
     with pytest.raises(FirewallError):
         firewall.ensure(REFUSED)
-    for command in FLUSHES["nft" if backend == "nftables" else "iptables"]:
-        run(*command.split())
-    wanted = set(line for line in complete.splitlines() if '"netplugin_sdk:br-1' in line)
+    flush(backend)
+    wanted = {line for line in complete.splitlines() if '"netplugin_sdk:br-1' in line}
     until(lambda: wanted <= set(rules(backend).splitlines()))
 
 
 @pytest.mark.usefixtures("lively")
 def test_what_was_deleted_is_not_put_back(backend: str) -> None:
-    before = rules(backend)
     firewall.ensure(FULL)
     firewall.delete("br-1")
-    for command in FLUSHES["nft" if backend == "nftables" else "iptables"][:1]:
-        run(*command.split())
+    flush(backend)
     settle_repairs()
     assert "netplugin" not in rules(backend).lower()
-    assert before == rules(backend) or backend == "nftables"
 
 
 # ------------------------------------------------------------------------------------------------------ other processes
@@ -612,7 +630,6 @@ def lines_of(backend: str, bridge: str) -> list[str]:
 
 @pytest.mark.usefixtures("lively")
 def test_another_process_is_never_disturbed(backend: str, other: Callable[[], Other]) -> None:
-    before = rules(backend)
     another = other()
     another.do("ensure br-9")
     theirs = lines_of(backend, "br-9")
@@ -629,22 +646,19 @@ def test_another_process_is_never_disturbed(backend: str, other: Callable[[], Ot
     another.do("delete br-9")  # their last
     assert set(ours_) <= set(rules(backend).splitlines())
     another.do("ensure br-9")
-    for command in FLUSHES["nft" if backend == "nftables" else "iptables"]:
-        run(*command.split())
-    if backend == "iptables-legacy":
-        another.do("ensure br-8")  # its own look is after 5 s
+    flush(backend)
     until(lambda: set(ours_) <= set(rules(backend).splitlines()))
-    if backend != "iptables-legacy":
-        until(lambda: set(theirs) <= set(rules(backend).splitlines()))
-    assert "Traceback" not in another.end(), "and when it has ended, its rules are there"
-    assert "br-9" in rules(backend) or backend == "iptables-legacy"
-    for bridge in ("br-9", "br-8", "br-1"):
-        firewall.delete(bridge)
     if backend == "iptables-legacy":
-        firewall.delete("br-9")
-    assert sorted(rules(backend).replace(":DOCKER-USER -\n", "").splitlines()) == sorted(
-        before.splitlines() if backend == "iptables-legacy" else before.splitlines()
-    ) or "NETPLUGIN" not in rules(backend)
+        another.do("ensure br-8")  # looks by itself only every 5 s
+        another.do("ensure br-9")
+    else:
+        until(lambda: set(theirs) <= set(rules(backend).splitlines()))
+    another.tell("end")
+    assert set(another.end().splitlines()) <= {"firewall: rules of ours were changed by others and are put back"}
+    assert set(ours_) <= set(rules(backend).splitlines())
+    for bridge in ("br-8", "br-9", "br-1"):
+        firewall.delete(bridge)
+    assert "netplugin" not in rules(backend).lower()
 
 
 def test_several_processes_and_an_engine(backend: str, other: Callable[[], Other]) -> None:
@@ -686,17 +700,20 @@ def gone(backend: str, before: str) -> bool:
     return rules(backend) == before
 
 
+def masqueraded(backend: str, bridge: str) -> bool:
+    """Whether what leaves by another interface is."""
+    return (f'oifname != "{bridge}"' if backend == "nftables" else f"! -o {bridge}") in rules(backend)
+
+
 def test_the_rules_stay_when_the_process_ends(backend: str, other: Callable[[], Other]) -> None:
     """And what it had been asked for just before is done."""
     another = other()
-    another.tell("ensure br-9\nless br-9\nend")
+    another.do("ensure br-9")
+    assert masqueraded(backend, "br-9")
+    another.tell("less br-9\nend")
     assert another.end() == ""
-    if backend == "nftables":
-        assert "masquerade" not in rules(backend)
-        assert "table inet netplugin-br-9" in rules(backend)
-    else:
-        assert "MASQUERADE" not in rules(backend)
-        assert "NETPLUGIN-br-9" in rules(backend)
+    assert "br-9" in rules(backend)
+    assert not masqueraded(backend, "br-9")
     firewall.delete("br-9")
     assert "br-9" not in rules(backend)
 
@@ -717,11 +734,11 @@ def test_many_removals_are_done_before_the_interpreter_ends(backend: str, tail: 
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stderr, done.returncode) == ("", 0)
-    assert "masquerade" not in rules(backend).lower()
+    assert not any(masqueraded(backend, f"br-{number}") for number in range(9))
     assert ("br-8" in rules(backend)) == (not tail)
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.fixture
@@ -736,7 +753,7 @@ def test_the_program_is_not_installed(backend: str, monkeypatch: pytest.MonkeyPa
     name, package = ("nft", "nftables") if backend == "nftables" else ("iptables", "iptables")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", os.fspath(tmp_path / "nowhere"))
-        for call in (lambda: firewall.ensure(FULL), lambda: firewall.delete("br-1"), lambda: firewall.ensure(FULL)):
+        for call in (partial(firewall.ensure, FULL), partial(firewall.delete, "br-1"), partial(firewall.ensure, FULL)):
             with pytest.raises(Unavailable, match=rf"^firewall: no {name} here: install the package {package}$"):
                 call()
     firewall.ensure(FULL)
@@ -751,14 +768,16 @@ def test_the_program_is_not_installed(backend: str, monkeypatch: pytest.MonkeyPa
 
 
 @nft_iptables_only
-def test_nothing_is_installed_and_nobody_has_chosen(backend: str, empty_path: Path) -> None:
+@pytest.mark.usefixtures("backend", "empty_path")
+def test_nothing_is_installed_and_nobody_has_chosen() -> None:
     firewall.use(None)
     with pytest.raises(Unavailable, match="no iptables here"):
         firewall.ensure(FULL)
 
 
 @nft_iptables_only
-def test_without_the_half_for_ipv6(backend: str, monkeypatch: pytest.MonkeyPatch, empty_path: Path) -> None:
+@pytest.mark.usefixtures("backend")
+def test_without_the_half_for_ipv6(empty_path: Path) -> None:
     """Networks with IPv4 only do not need it."""
     for name in ("iptables", "iptables-save", "iptables-restore"):
         (empty_path / name).symlink_to("/usr/sbin/xtables-nft-multi")
@@ -772,7 +791,7 @@ def test_a_rule_that_is_refused(backend: str) -> None:
     firewall.ensure(FULL)
     before = rules(backend)
     for _ in range(2):
-        with pytest.raises(FirewallError, match=r"^firewall: .*70000") as caught:
+        with pytest.raises(FirewallError, match=r"^firewall: .*(70000|out of range)") as caught:
             firewall.ensure(REFUSED)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 300
@@ -812,7 +831,7 @@ def test_a_delete_that_is_refused_is_told_also_beside_others(backend: str) -> No
     assert "br-2" in rules(backend)
 
 
-# ----------------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 def test_unusual_names(backend: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ class Host:
         }
 
     @classmethod
-    def with_chains(cls, chains: Mapping[tuple[str, str], Iterable[str]]) -> Host:
+    def with_chains(cls, chains: Mapping[Any, Iterable[str]]) -> Host:
         host = cls()
         host.chains |= {place: list(held) for place, held in chains.items()}
         return host
@@ -117,9 +118,8 @@ class Host:
     def __str__(self) -> str:
         """As ``iptables-save`` prints them, without what is empty."""
         found = ""
-        for table in BUILT_IN:
+        for table, built_in in BUILT_IN.items():
             chains = {name: held for (where, name), held in self.chains.items() if where == table}
-            built_in = BUILT_IN[table]
             found += f"*{table}\n"
             found += "".join(f":{name}\n" for name in sorted(chains.keys() - set(built_in)))
             for name in (*built_in, *sorted(chains.keys() - set(built_in))):
@@ -157,7 +157,7 @@ class Host:
         return change
 
 
-# ----------------------------------------------------------------------------------------------------- golden files
+# --------------------------------------------------------------------------------------------------------- golden files
 
 POLICIES = {
     "plain": Policy(bridge="br-1", network="0123456789ab", subnets=BOTH),
@@ -252,7 +252,7 @@ def test_each_golden_file_has_a_policy() -> None:
     assert {file.stem for file in GOLDEN.glob("*.txt")} == set(POLICIES)
 
 
-# --------------------------------------------------------------------------------------------- from policy to policy
+# ------------------------------------------------------------------------------------------------ from policy to policy
 
 OTHERS = ("-s 192.0.2.66/32 -j DROP", "-i docker0 ! -o docker0 -j ACCEPT", "-j LOG", "-p tcp -j RETURN")
 
@@ -285,7 +285,9 @@ def policies_of(bridge: str) -> st.SearchStrategy[Policy]:
         mode4=st.sampled_from(Mode),
         mode6=st.sampled_from(Mode),
         trusted=st.lists(st.sampled_from(["eth0", "wg0"]), max_size=2).map(tuple),
-        published=st.dictionaries(st.sampled_from(["e1", "e2"]), st.lists(published, max_size=4).map(tuple), max_size=2),
+        published=st.dictionaries(
+            st.sampled_from(["e1", "e2"]), st.lists(published, max_size=4).map(tuple), max_size=2
+        ),
     )
 
 
@@ -299,7 +301,7 @@ def used_hosts(draw: st.DrawFn) -> Host:
     several = st.lists(st.sampled_from(OTHERS), max_size=3)
     host = Host()
     for held in host.chains.values():
-        held += draw(several)
+        held.extend(draw(several))
     if draw(st.booleans()):
         host.chains["filter", "DOCKER-USER"] = draw(several) + draw(st.sampled_from([[], ["-j RETURN"]]))
         host.chains["filter", "FORWARD"].insert(0, "-j DOCKER-USER")
@@ -344,9 +346,7 @@ def test_from_any_policy_to_any(host: Host, old: Policy, new: Policy, neighbour:
 
 
 @given(used_hosts(), st.lists(policies, min_size=1, max_size=3), policies_of("br-12"), versions)
-def test_when_all_are_gone_it_is_as_before(
-    host: Host, several: list[Policy], neighbour: Policy, version: int
-) -> None:
+def test_when_all_are_gone_it_is_as_before(host: Host, several: list[Policy], neighbour: Policy, version: int) -> None:
     before = {place: list(held) for place, held in host.chains.items()}
     host.put(neighbour, version=version)
     for policy in several:
@@ -388,7 +388,7 @@ def test_nft_has_a_table_for_each_policy(policy: Policy) -> None:
     assert nftables.parse("table inet foreign {\n}\n" + text + "table inet netplug {\n}\n") == {"netplugin-br-1": text}
 
 
-# ------------------------------------------------------------------------------------------------ what rules there are
+# ------------------------------------------------------------------------------------------------- what rules there are
 
 
 def test_the_null_ipam_drivers_pool_is_no_subnet_to_masquerade() -> None:
@@ -404,7 +404,7 @@ def test_without_icc_nothing_lets_neighbours_in_but_what_the_host_has_translated
             assert rule.established or rule.translated or rule.not_incoming == "br-1", rule
 
 
-# ---------------------------------------------------------------------------------------------------- beside Docker
+# -------------------------------------------------------------------------------------------------------- beside Docker
 
 
 def users_part(host: Host) -> list[str]:
@@ -466,7 +466,7 @@ def test_rules_without_match_and_target_are_read() -> None:
     assert parsed["filter", "FORWARD"] == ["", "-j LOG"]
 
 
-# ---------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize(
@@ -475,14 +475,14 @@ def test_rules_without_match_and_target_are_read() -> None:
 def test_names_that_would_mean_something_else_in_a_rule(name: str) -> None:
     for fields in ({"bridge": name}, {"bridge": "br-1", "trusted": (name,)}):
         with pytest.raises(InvalidRequest, match="cannot be the name of an interface in a firewall rule"):
-            Policy(**fields)  # type: ignore[arg-type]
+            Policy(**fields)
 
 
 @pytest.mark.parametrize("label", ["a b", 'a"', "a\n", "é", "x" * 65, "a/b"])
 def test_labels_that_would_mean_something_else_in_a_comment(label: str) -> None:
     for fields in ({"network": label}, {"published": {label: ()}}):
         with pytest.raises(InvalidRequest, match="cannot be a label in a firewall rule"):
-            Policy(bridge="br-1", **fields)  # type: ignore[arg-type]
+            Policy(bridge="br-1", **fields)
 
 
 @pytest.mark.parametrize("address", ["fe80::1%eth0", "fe80::1%x -j ACCEPT\n-A INPUT -j ACCEPT", "::ffff:192.0.2.1"])
@@ -492,7 +492,7 @@ def test_addresses_that_would_mean_something_else_in_a_rule(address: str) -> Non
     inside = replace(strange, address=bad, host_address=ip_address("::"))
     for fields in ({"sources": (bad,)}, {"published": {"e": (strange,)}}, {"published": {"e": (inside,)}}):
         with pytest.raises(InvalidRequest):
-            Policy(bridge="br-1", subnets=BOTH, **fields)  # type: ignore[arg-type]
+            Policy(bridge="br-1", subnets=BOTH, **fields)
 
 
 @pytest.mark.parametrize("bridge", ["OUT", "NETPLUGIN", "DOCKER-USER", "POSTROUTING", "br-0123456789ab", ".", "1"])
@@ -545,5 +545,3 @@ def test_priorities_are_written_as_every_nft_prints_them() -> None:
     [line] = [line for line in nftables.text(POLICIES["trusted"]).splitlines() if "hook output" in line]
     number = int(line.split("priority ")[1].split(";")[0])
     assert all(abs(number - named) > 10 for named in (-300, -150, -100, 0, 50, 100))
-
-

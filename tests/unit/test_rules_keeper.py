@@ -108,8 +108,9 @@ def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Announcing]:
 
 
 @pytest.fixture(autouse=True)
-def backend(announcing: Announcing, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remembering]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remembering]:
     """A keeper of its own, with these two; whatever becomes of it, the others' tests have another one."""
+    request.getfixturevalue("announcing")
     made, keeper = Remembering(), firewall._Keeper()
     monkeypatch.setattr(firewall, "_keeper", keeper)
     monkeypatch.setitem(firewall._BACKENDS, "iptables", made)
@@ -160,7 +161,7 @@ def on(bridge: str, **fields: Any) -> Policy:
     return replace(PLAIN, bridge=bridge, **fields)
 
 
-# -------------------------------------------------------------------------------------------------- who waits for what
+# --------------------------------------------------------------------------------------------------- who waits for what
 
 
 def test_what_is_asked_for_is_in_force_at_the_return(backend: Remembering) -> None:
@@ -261,7 +262,7 @@ def test_a_callers_dict_that_grew_is_a_change(backend: Remembering) -> None:
         asked.result(SHORT)
 
 
-# ---------------------------------------------------------------------------------------------------- many at once
+# --------------------------------------------------------------------------------------------------------- many at once
 
 
 def test_what_was_asked_meanwhile_is_applied_at_once(backend: Remembering) -> None:
@@ -308,7 +309,7 @@ def test_the_last_word_of_many_is_in_force(backend: Remembering) -> None:
     assert len(backend.kernel) == 7
 
 
-# ------------------------------------------------------------------------------------------------------- the watch
+# ------------------------------------------------------------------------------------------------------------ the watch
 
 
 def test_a_change_by_others_is_looked_at_and_repaired(
@@ -384,7 +385,7 @@ def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing) 
     assert backend.kernel == {"br-1": PLAIN}
 
 
-# ------------------------------------------------------------------------------------------ what goes wrong outside
+# ---------------------------------------------------------------------------------------------- what goes wrong outside
 
 
 def test_a_back_end_that_is_not_there_yet(backend: Remembering) -> None:
@@ -434,20 +435,16 @@ def test_a_thread_that_cannot_be_started(backend: Remembering, monkeypatch: pyte
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
-    begin_ = begin(lambda: None)  # before the patch: our own threads are started
-    begin_.result(PATIENCE)
     with monkeypatch.context() as patch:
-        patch.setattr(firewall.threading, "Thread", Refused)
+        patch.setattr(threading, "Thread", Refused)
         with pytest.raises((RuntimeError, FirewallError, Unavailable), match="can't start new thread"):
             firewall.ensure(PLAIN)
     soon(firewall.ensure, PLAIN)
     assert backend.kernel == {"br-1": PLAIN}
 
 
-def test_a_log_that_fails_does_not_end_the_watch(
-    backend: Remembering, announcing: Announcing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(record: logging.LogRecord) -> bool:
+def test_a_log_that_fails_does_not_end_the_watch(backend: Remembering, announcing: Announcing) -> None:
+    def refuse(_: logging.LogRecord) -> bool:
         raise ValueError("the filter of somebody's logging")
 
     logger = logging.getLogger("netplugin_sdk")
@@ -462,7 +459,7 @@ def test_a_log_that_fails_does_not_end_the_watch(
         logger.removeFilter(refuse)
 
 
-# ----------------------------------------------------------------------------------------------------------- the end
+# -------------------------------------------------------------------------------------------------------------- the end
 
 
 def test_close_finishes_what_was_asked_for(backend: Remembering) -> None:
@@ -489,7 +486,7 @@ def test_close_of_nothing_and_again(backend: Remembering) -> None:
     assert backend.kernel == {"br-1": PLAIN}
 
 
-def test_close_ends_the_thread_and_what_it_has_open(backend: Remembering) -> None:
+def test_close_ends_the_thread_and_what_it_has_open() -> None:
     soon(firewall.ensure, PLAIN)
     soon(firewall.close)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - its own descriptor is in it both times
@@ -526,9 +523,13 @@ def test_a_request_while_the_other_closes(backend: Remembering) -> None:
         while not ended.is_set():
             firewall.settle()
 
+    def close() -> None:
+        for _ in range(150):
+            firewall.close()
+
     others = [*(begin(request, number) for number in range(3)), begin(settle)]
     try:
-        for each in [begin(lambda: [firewall.close() for _ in range(150)]) for _ in range(2)]:
+        for each in [begin(close) for _ in range(2)]:
             each.result(PATIENCE * 2)
     finally:
         ended.set()
@@ -559,7 +560,7 @@ def test_a_request_between_the_threads_end_and_the_end_of_close(
     assert backend.kernel == {"br-1": PLAIN, "br-2": on("br-2")}
 
 
-# ------------------------------------------------------------------------------------------------- the kernel's words
+# --------------------------------------------------------------------------------------------------- the kernel's words
 
 
 def header(kind: int, port: int, *, length: int = 20) -> bytes:
@@ -571,7 +572,7 @@ GENERATION = firewall._Announcements._NEW_GENERATION
 
 
 @pytest.fixture
-def real_announcements(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def real_announcements() -> Iterator[Any]:
     """The class that the autouse fixture has put aside, on a socket pair."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     heard = socket.socket.__new__(REAL)

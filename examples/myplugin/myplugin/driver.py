@@ -77,16 +77,15 @@ class BridgeDriver(NetworkDriver[Options]):
         _set_sysctls(network, bridge)
         firewall.ensure(policy)
 
-    def delete_network(self, network: Network[Options]) -> None:
+    def delete_network(self, network: Network[Options]) -> Callable[[], object] | None:
         """Remove the rules, and the bridge unless it was there before."""
         bridge = _bridge(network)
         device = network.attached(Device)
         if device is None:
-            return  # nothing was made, and the name may be another network's
-        steps: list[Callable[[], object]] = [partial(firewall.delete, bridge)]
-        if not device.adopted:
-            steps.append(partial(links.delete, bridge))
-        together(*steps)
+            return None  # nothing was made, and the name may be another network's
+        if device.adopted:
+            return partial(firewall.delete, bridge)
+        return partial(together, partial(firewall.delete, bridge), partial(links.delete, bridge))
 
     # ------------------------------------------------------------------------------------------------ endpoints
 
@@ -102,8 +101,9 @@ class BridgeDriver(NetworkDriver[Options]):
             return EndpointInterface(mac_address=MacAddress.random())
         return EndpointInterface(mac_address=MacAddress.from_bytes(b"\x02\x42" + address.ip.packed))
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """There is nothing but what `leave` removed."""
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Callable[[], object]:
+        """Delete the pair by its outer end, wherever the inner one is."""
+        return partial(links.delete, endpoint.interface_name("ve"))
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the veth pair; the engine takes one end."""
@@ -112,8 +112,7 @@ class BridgeDriver(NetworkDriver[Options]):
         return Join(inside, prefix=network.options.prefix, gateways=_gateways(network))
 
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """Delete the pair by its outer end, wherever the inner one is."""
-        links.delete(endpoint.interface_name("ve"))
+        """The engine takes the inner end out of the container."""
 
     def endpoint_oper_info(self, network: Network[Options], endpoint: Endpoint) -> Mapping[str, Any]:
         """What bridge tells. From a plugin the engine shows only some of it (moby daemon/network.go)."""

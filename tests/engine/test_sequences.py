@@ -1,0 +1,804 @@
+"""Two hundred random sequences of what users do: the host is then exactly as it was before.
+
+A sequence makes networks with random options and runs, connects, disconnects, kills, restarts and removes containers, and
+ends the plugin now and then. What must be there is looked at after every step; then Docker removes everything, and
+nothing may be left: no interface, address, route, rule, chain, sysctl, process, socket, or row of the plugin's state.
+
+A failure prints what was left, the plugin's log, and a blob that repeats the sequence. NETPLUGIN_SEQUENCES is how many
+there are; each takes about a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, Process, wait_until
+
+from .conftest import MYPLUGIN
+
+SEQUENCES = {"26.1": 200}
+"""By engine."""
+OF_OTHERS = 20
+"""Sequences with each of the other engines."""
+STEPS = 7
+"""Of a sequence, after its first network."""
+PATIENCE = 20.0
+"""Seconds for what is right in the end: the kernel takes down a namespace after Docker has answered."""
+DESCRIPTORS, THREADS = 60, 24
+"""That the plugin may have open, and may have, when there is no network."""
+
+SNAPSHOT = [sys.executable, "-I", str(Path(__file__).with_name("sequences") / "snapshot.py")]
+HOST, OUTSIDE = "host", "outside"
+ADOPTED = ("adopted0", "adopted.1")
+"""Bridges of the user's, with an address of their own."""
+
+T = TypeVar("T")
+
+
+# -------------------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Of ``docker network create``."""
+
+    driver: Mapping[str, str] = field(default_factory=dict)
+    """``-o``; keys without ``com.docker.network.`` before them."""
+    bridge: str = ""
+    internal: bool = False
+    ipv6: bool = False
+    gateway: bool = False
+    """Whether its address is asked for."""
+
+    def __repr__(self) -> str:
+        flags = [name for name in ("internal", "ipv6", "gateway") if getattr(self, name)]
+        options = {**self.driver, **({"bridge.name": self.bridge} if self.bridge else {})}
+        return f"<{' '.join((*flags, *(f'{key}={value}' for key, value in options.items()))) or 'plain'}>"
+
+    @property
+    def nat(self) -> bool:
+        """Whether its containers' ports are published on the host, by IPv4."""
+        mode = self.driver.get("bridge.gateway_mode_ipv4", "nat")
+        return not self.internal and mode.startswith("nat")
+
+
+BOOLEANS = st.sampled_from(["true", "false", "1", "0"])
+MODES = ["nat", "nat-unprotected", "routed"]
+
+
+def or_nothing(strategy: st.SearchStrategy[T], nothing: int = 2) -> st.SearchStrategy[T | None]:
+    """Mostly nothing, so that a network has few options."""
+    return st.one_of(*[st.none()] * nothing, strategy)
+
+
+@st.composite
+def network_options(draw: st.DrawFn) -> NetworkOptions:
+    """Valid ones."""
+    internal, ipv6 = draw(st.sampled_from([False, False, False, True])), draw(st.booleans())
+    modes = st.sampled_from([*MODES, "isolated"] if internal else MODES)
+    mtus = ["1280", "1420", "9000", "65535", "0", *([] if ipv6 else ["68", "576"])]
+    drawn = {
+        "driver.mtu": draw(or_nothing(st.sampled_from(mtus))),
+        "bridge.enable_icc": draw(or_nothing(BOOLEANS)),
+        "bridge.enable_ip_masquerade": draw(or_nothing(BOOLEANS)),
+        "bridge.gateway_mode_ipv4": draw(or_nothing(modes)),
+        "bridge.gateway_mode_ipv6": draw(or_nothing(modes)),
+        "bridge.inhibit_ipv4": draw(or_nothing(BOOLEANS, 4)),
+        "bridge.host_binding_ipv4": draw(or_nothing(st.sampled_from(["127.0.0.1", ENGINE_ADDRESS, "0.0.0.0"]))),
+        "host_ipv4": draw(or_nothing(st.just(ENGINE_ADDRESS), 4)),
+        "host_ipv6": draw(or_nothing(st.just("2001:db8:51::1"), 4)),
+        "bridge.trusted_host_interfaces": draw(or_nothing(st.sampled_from(["", "eth0", "eth0:not-there"]), 3)),
+        "container_iface_prefix": draw(or_nothing(st.sampled_from(["", "net", "twelve_bytes", "ü"]), 3)),
+    }
+    return NetworkOptions(
+        driver={key: value for key, value in drawn.items() if value is not None},
+        bridge=draw(or_nothing(st.sampled_from([*ADOPTED, "mine", "a.b-c@d=e_f", "fifteen_bytes_0"]), 3)) or "",
+        internal=internal,
+        ipv6=ipv6,
+        gateway=draw(st.booleans()),
+    )
+
+
+INVALID = st.sampled_from(
+    [
+        (NetworkOptions({"driver.mtu": "none"}), "mtu='none': expected 68 to 65535"),
+        (NetworkOptions({"driver.mtu": "67"}), "mtu='67': expected 68 to 65535"),
+        (NetworkOptions({"driver.mtu": "65536"}), "mtu='65536': expected 68 to 65535"),
+        (NetworkOptions({"driver.mtu": "1000"}, ipv6=True), "IPv6"),
+        (NetworkOptions({"bridge.enable_icc": "perhaps"}), "enable_icc='perhaps': expected true or false"),
+        (NetworkOptions({"bridge.gateway_mode_ipv4": "wild"}), "gateway_mode_ipv4='wild': expected nat, "),
+        (NetworkOptions({"bridge.gateway_mode_ipv6": "isolated"}), "'isolated' can only be used for an internal"),
+        (NetworkOptions({"bridge.host_binding_ipv4": "::1"}), "host_binding_ipv4='::1': expected an IPv4 address"),
+        (NetworkOptions({"host_ipv4": "fe80::1%eth0"}), "host_ipv4='fe80::1%eth0': expected an IPv4 address"),
+        (NetworkOptions({"host_ipv6": "fe80::1%eth0"}), "fe80::1%eth0"),
+        (NetworkOptions({"bridge.trusted_host_interfaces": 'eth0:a"b'}), "'a\"b' cannot be the name of an interface"),
+        (NetworkOptions({"container_iface_prefix": "thirteen_byte"}), "expected up to 12 bytes"),
+        (NetworkOptions({"nonsense": "1"}), "unknown option 'com.docker.network.nonsense'"),
+        (NetworkOptions(bridge="eth0"), "bridge eth0: cannot create: a veth interface has this name"),
+        (NetworkOptions(bridge="sixteen_bytes_00"), "'sixteen_bytes_00' cannot be the name of an interface"),
+        (NetworkOptions(bridge="a/b"), "'a/b' cannot be the name of an interface"),
+        (NetworkOptions(bridge="br%d"), "'br%d' cannot be the name of an interface"),
+        (NetworkOptions(bridge="a b"), "'a b' cannot be the name of an interface"),
+        (NetworkOptions(bridge="wild+"), "'wild+' cannot be the name of an interface"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Port:
+    """One ``-p``."""
+
+    inside: str
+    """``80/tcp``; there somebody serves."""
+    host: str = ""
+    """A port, a range, or nothing."""
+    address: str = ""
+
+    @property
+    def protocol(self) -> str:
+        return self.inside.partition("/")[2]
+
+    def __repr__(self) -> str:
+        return ":".join(part for part in (self.address, self.host, self.inside) if part)
+
+
+# Few, so that they are often taken.
+HOST_PORTS = ["20000", "20001", "20002", "20000-20001", "20000-20004", ""]
+ADDRESSES = ["", "", "", "0.0.0.0", "127.0.0.1", ENGINE_ADDRESS, "::1", "203.0.113.9"]
+NO_ADDRESS = "203.0.113.9"
+"""Of no host here."""
+PORTS = st.lists(
+    st.builds(
+        Port,
+        inside=st.sampled_from(["80/tcp", "80/tcp", "81/tcp", "53/udp", "80/sctp"]),
+        host=st.sampled_from(HOST_PORTS),
+        address=st.sampled_from(ADDRESSES),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=(lambda port: port.inside, lambda port: (port.protocol, port.host)),
+)
+TAKEN = re.compile(r"port is already allocated|address already in use|all ports are allocated|assign requested address")
+
+
+# ------------------------------------------------------------------------------------------------------- the world
+
+
+class Docker(http.client.HTTPConnection):
+    """The engine's API, on one connection."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("docker", timeout=120)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+    def call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
+        """The answer; raises `EngineError` with what the engine says where it refuses."""
+        body = None if content is None else json.dumps(content).encode()
+        try:
+            self.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
+            response = self.getresponse()
+            answer = response.read()
+        except BaseException:
+            self.close()
+            raise
+        decoded = json.loads(answer) if answer.lstrip()[:1] in (b"{", b"[") else None
+        if response.status >= 400:
+            raise EngineError(decoded["message"] if isinstance(decoded, dict) else answer.decode())
+        return decoded
+
+    def refusal(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> str:
+        """What it says as it refuses; nothing if it does not."""
+        try:
+            self.call(method, path, content)
+        except EngineError as error:
+            return str(error)
+        return ""
+
+
+class World:
+    """An engine with the plugin, that all sequences of a test use in turn."""
+
+    def __init__(self, engine: PrivateEngine) -> None:
+        self.engine = engine
+        self.run_folder = engine.plugin_folder.parents[1]
+        self.proc = engine.plugin_folder.parents[3]
+        self.docker = self.connection()
+        self.numbers = 0
+        self.sequences = 0
+        self._before: list[str] = []
+        self._file = engine.folder / "expected.json"
+        self._prepare()
+        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=60)
+        self._logged = 0
+
+    def _prepare(self) -> None:
+        script = "set -e; "
+        for number, name in enumerate(ADOPTED):
+            # With a port that is up, so that the kernel changes nothing by itself as containers come and go.
+            script += f"ip link add {name} type bridge; ip link add port{number} type veth peer far{number}; "
+            script += f"ip link set port{number} master {name} up; ip link set far{number} up; ip link set {name} up; "
+            script += f"ip addr add 10.99.{number}.1/24 dev {name}; "
+        # What is set once and kept, as docs/ say.
+        for name in ("ipv4/ip_forward", "ipv6/conf/default/forwarding", "ipv6/conf/all/forwarding"):
+            script += f"echo 1 > /proc/sys/net/{name}; "
+        script += "for name in iptables ip6tables; do f=/proc/sys/net/bridge/bridge-nf-call-$name; "
+        script += "if [ -e $f ]; then echo 1 > $f; fi; done"
+        done = self.engine.run(["sh", "-c", script])
+        assert done.returncode == 0, done.stderr
+
+    def connection(self) -> Docker:
+        return Docker(self.run_folder / "docker.sock")
+
+    def number(self) -> int:
+        self.numbers += 1
+        return self.numbers
+
+    def close(self) -> None:
+        """End the plugin; remove what this has made."""
+        try:
+            self.clear()
+            self.stop_plugin(signal.SIGTERM)
+            devices = " ".join((*ADOPTED, "port0", "port1"))
+            self.engine.run(["sh", "-c", f"for name in {devices}; do ip link del $name; done"])
+        finally:
+            self.docker.close()
+
+    # ---------------------------------------------------------------------------------------------- the plugin
+
+    def start_plugin(self) -> None:
+        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=60)
+
+    def stop_plugin(self, number: signal.Signals) -> None:
+        if number == signal.SIGKILL:
+            self.plugin.kill()
+        else:
+            status = self.plugin.stop()
+            assert status == 0, f"the plugin ended with status {status}"
+        left = self._processes()
+        assert not left, f"the plugin has ended, and left {left}"
+
+    def _processes(self) -> list[str]:
+        """The plugin's and its relay's."""
+        found: list[str] = []
+
+        def none() -> bool:
+            found.clear()
+            for file in (self.proc / "root" / "proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    text = file.read_bytes().replace(b"\0", b" ").decode()
+                    if "myplugin" in text or "/linux/relay.py" in text:
+                        found.append(text)
+            return not found
+
+        with contextlib.suppress(TimeoutError):
+            wait_until(none, PATIENCE)
+        return found
+
+    def kill_relay(self) -> None:
+        """If there is one."""
+        plugin = self.plugin.pid
+        for child in Path(f"/proc/{plugin}/task/{plugin}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if "/linux/relay.py" in Path(f"/proc/{child}/cmdline").read_text():
+                    os.kill(int(child), signal.SIGKILL)
+
+    def new_log(self) -> str:
+        """What the plugin has written since this was asked."""
+        with self.plugin.log.open(errors="replace") as log:
+            log.seek(self._logged)
+            text = log.read()
+            self._logged = log.tell()
+        return text
+
+    # ------------------------------------------------------------------------------------------------ the host
+
+    def begin(self) -> None:
+        """Before a sequence."""
+        if not self._before:
+            self._before = self._look()["lines"]
+        self.new_log()
+
+    def end(self) -> None:
+        """After it: Docker removes all, and what is left is an error."""
+        self.sequences += 1
+        before, self._before = self._before, []  # after an error it is taken anew
+        trouble = self.clear()
+        found = self._look(before)
+        after, plugin = found["lines"], found["plugin"]
+        trouble += [f"left: {line}" for line in after if line not in before]
+        trouble += [f"gone: {line}" for line in before if line not in after]
+        if not trouble and after != before:
+            trouble += ["order: " + "\n".join(line for line in after if "iptables" in line)]
+        if plugin["processes"] != 1 or plugin["relays"] > 1:
+            trouble.append(f"processes: {plugin}")
+        if plugin["descriptors"] > DESCRIPTORS or plugin["threads"] > THREADS:
+            trouble.append(f"the plugin has {plugin}")
+        log = self.new_log()
+        if "Traceback" in log:
+            trouble.append("a traceback in the log")
+        if trouble:
+            self._scrub(before)
+            raise AssertionError("\n".join((*trouble, "--- the plugin's log:", log[-8000:])))
+        self._before = before
+
+    def clear(self) -> list[str]:
+        """Remove all containers and networks through Docker, all at once; what it says."""
+        if not self.plugin.running:
+            self.start_plugin()
+        containers = [c["Id"] for c in self.docker.call("GET", "/containers/json?all=1")]
+        trouble = self._remove([f"/containers/{name}?force=1" for name in containers])
+        networks = [n["Id"] for n in self.docker.call("GET", "/networks") if n["Name"] not in ("bridge", "host", "none")]
+        return trouble + self._remove([f"/networks/{name}" for name in networks])
+
+    def _remove(self, paths: Sequence[str]) -> list[str]:
+        def remove(path: str) -> str:
+            with contextlib.closing(self.connection()) as docker:
+                return docker.refusal("DELETE", path)
+
+        if len(paths) < 2:
+            return [said for path in paths if (said := self.docker.refusal("DELETE", path))]
+        with ThreadPoolExecutor(len(paths)) as users:
+            return [said for said in users.map(remove, paths) if said]
+
+    def _look(self, expected: list[str] | None = None) -> Any:
+        wait = []
+        if expected is not None:
+            self._file.write_text(json.dumps({"lines": expected}))
+            wait = [str(self._file), str(PATIENCE)]
+        done = self.engine.run([*SNAPSHOT, *wait])
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def _scrub(self, before: list[str]) -> None:
+        """What was left is not to be in the way of what follows."""
+        self.plugin.kill()
+        keep = {line.split()[2] for line in before if line.startswith("interface ")}
+        script = "rm -rf /var/lib/netplugin; cd /proc/sys/net/ipv4/conf; "
+        script += f"for name in *; do case ' all default {' '.join(keep)} ' in *' '$name' '*) ;; "
+        script += "*) ip link del $name;; esac; done; "
+        for tool in ("iptables", "ip6tables"):
+            # Ours, and the way to them; what is Docker's stays.
+            script += f"{tool}-save | grep -v netplugin_sdk: | grep -v NETPLUGIN | {tool}-restore; "
+        self.engine.run(["sh", "-c", script])
+        for name in ADOPTED:
+            self.engine.run(["ip", "link", "del", name])
+        for number in range(len(ADOPTED)):
+            self.engine.run(["ip", "link", "del", f"port{number}"])
+        self._prepare()
+        self.start_plugin()
+
+    # ------------------------------------------------------------------------------------------------ looking
+
+    def interfaces(self) -> set[str]:
+        lines = (self.proc / "net" / "dev").read_text().splitlines()[2:]
+        return {line.partition(":")[0].strip() for line in lines}
+
+    def holds(self, protocol: str, port: int) -> set[str]:
+        """Who of the host's sockets has this port: the addresses, in hexadecimal."""
+        found = set()
+        for kind in (protocol, f"{protocol}6"):
+            with contextlib.suppress(FileNotFoundError):
+                for line in (self.proc / "net" / kind).read_text().splitlines()[1:]:
+                    _, local, _, status, *_ = line.split()
+                    address, _, number = local.partition(":")
+                    if int(number, 16) == port and (protocol == "udp" or status == "0A"):
+                        found.add(address)
+        return found
+
+    def namespace(self, pid: int) -> Path:
+        return self.proc / "root" / "proc" / str(pid) / "ns" / "net"
+
+    def answers(self, where: Path | str, host: str, port: int) -> str:
+        """Nothing, if an HTTP server answers; else why not."""
+        path = {HOST: self.proc / "ns" / "net", OUTSIDE: self.proc / "root" / "run" / "netns" / "outside"}.get(
+            str(where), Path(where)
+        )
+        return within(path, lambda: ask(host, port))
+
+
+def within(namespace: Path, work: Callable[[], T]) -> T:
+    """What it returns in a network namespace, in a thread that ends with it."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000) != 0:  # CLONE_NEWNET
+                    raise OSError(ctypes.get_errno(), f"setns {namespace}")
+            finally:
+                os.close(descriptor)
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def ask(host: str, port: int, patience: float = 5.0) -> str:
+    """As `World.answers`, here; it is tried again, since a server may not be up yet."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=1) as caller:
+                caller.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                said = caller.recv(100)
+            if said.startswith(b"HTTP/"):
+                return ""
+            failed = f"it says {said!r}"
+        except OSError as error:
+            failed = str(error)
+        if time.monotonic() > until:
+            return failed
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------- the sequence
+
+
+@dataclass(eq=False)
+class Net:
+    """A network that is there."""
+
+    name: str
+    id: str
+    options: NetworkOptions
+    number: int
+
+    @property
+    def bridge(self) -> str:
+        return self.options.bridge or f"br-{self.id[:12]}"
+
+
+@dataclass(eq=False)
+class Box:
+    """A container that is there."""
+
+    name: str
+    ports: Sequence[Port]
+    networks: set[Net] = field(default_factory=set)
+    """That it is connected to, also while it does not run."""
+    state: str = "created"
+    pid: int = 0
+    endpoints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Name of a network → what inspect shows."""
+
+    @property
+    def running(self) -> bool:
+        return self.state in ("running", "paused")
+
+
+class Sequences(RuleBasedStateMachine):
+    """One of them."""
+
+    networks: Bundle[Net] = Bundle("networks")
+    containers: Bundle[Box] = Bundle("containers")
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.docker = world.docker
+        self.nets: list[Net] = []
+        self.boxes: list[Box] = []
+        world.begin()
+        self.devices = world.interfaces()
+
+    def teardown(self) -> None:
+        self.world.end()
+
+    # ------------------------------------------------------------------------------------------------ networks
+
+    def create(self, options: NetworkOptions, number: int) -> tuple[str, str]:
+        """Name and id of a network."""
+        name = f"net{number}"
+        high, low = 100 + number // 250 % 100, number % 250
+        pools = [{"Subnet": f"10.{high}.{low}.0/24"}]
+        if options.ipv6:
+            pools.append({"Subnet": f"fd00:{high}:{low}::/64"})
+        if options.gateway:
+            pools[0]["Gateway"] = f"10.{high}.{low}.254"
+        given = {f"com.docker.network.{key}": value for key, value in options.driver.items()}
+        if options.bridge:
+            given["com.docker.network.bridge.name"] = options.bridge
+        content = {
+            "Name": name,
+            "Driver": "myplugin",
+            "Internal": options.internal,
+            "EnableIPv6": options.ipv6,
+            "IPAM": {"Config": pools},
+            "Options": given,
+        }
+        return name, self.docker.call("POST", "/networks/create", content)["Id"]
+
+    @initialize(target=networks, options=network_options())
+    def first_network(self, options: NetworkOptions) -> MultipleResults[Net]:
+        return self.create_network(options)
+
+    def create_network(self, options: NetworkOptions) -> MultipleResults[Net]:
+        number = self.world.number()
+        if any(net.bridge == options.bridge for net in self.nets):
+            with pytest.raises(EngineError, match=f"networks have same bridge name '{options.bridge}'"):
+                self.create(options, number)
+            return multiple()
+        name, id_ = self.create(options, number)
+        net = Net(name, id_, options, number)
+        self.nets.append(net)
+        return multiple(net)
+
+    @rule(target=networks, options=network_options())
+    def another_network(self, options: NetworkOptions) -> MultipleResults[Net]:
+        return self.create_network(options)
+
+    @rule(invalid=INVALID)
+    def invalid_network(self, invalid: tuple[NetworkOptions, str]) -> None:
+        options, wanted = invalid
+        with pytest.raises(EngineError) as raised:
+            self.create(options, self.world.number())
+        said = str(raised.value)
+        assert wanted in said
+        assert "\n" not in said
+        assert "Traceback" not in said
+
+    @rule(target=networks, net=consumes(networks))
+    def remove_network(self, net: Net) -> MultipleResults[Net]:
+        said = self.docker.refusal("DELETE", f"/networks/{net.name}")
+        if any(net in box.networks and box.running for box in self.boxes):
+            assert "has active endpoints" in said
+            return multiple(net)
+        assert said == ""
+        self.nets.remove(net)
+        return multiple()
+
+    # ---------------------------------------------------------------------------------------------- containers
+
+    @rule(target=containers, net=networks)
+    def run_container(self, net: Net) -> MultipleResults[Box]:
+        return self.run_box(net, [])
+
+    @rule(target=containers, net=networks, ports=PORTS)
+    def publish(self, net: Net, ports: Sequence[Port]) -> MultipleResults[Box]:
+        return self.run_box(net, ports)
+
+    def run_box(self, net: Net, ports: Sequence[Port]) -> MultipleResults[Box]:
+        box = Box(f"box{self.world.number()}", ports)
+        bindings: dict[str, list[dict[str, str]]] = {}
+        for port in ports:
+            bindings.setdefault(port.inside, []).append({"HostIp": port.address, "HostPort": port.host})
+        content = {
+            "Image": "busybox",
+            "Cmd": ["httpd", "-f", "-p", "80"],
+            "StopSignal": "KILL",
+            "ExposedPorts": {inside: {} for inside in bindings},
+            "HostConfig": {
+                "NetworkMode": net.name,
+                "PortBindings": bindings,
+                "LogConfig": {"Type": "none"},
+                "IpcMode": "none",
+            },
+        }
+        self.docker.call("POST", f"/containers/create?name={box.name}", content)
+        box.networks.add(net)
+        self.boxes.append(box)
+        if not self.start(box):
+            self.remove(box)
+            return multiple()
+        return multiple(box)
+
+    def start(self, box: Box, path: str = "start") -> bool:
+        """Whether it runs then. Where it does not, that is for a port that is taken, or a network that is gone."""
+        taken = [port for port in box.ports if self.taken(port)]
+        said = self.docker.refusal("POST", f"/containers/{box.name}/{path}")
+        self.look(box)
+        assert box.running == (said == "")
+        if not said:
+            nets = list(box.networks)
+            if len(nets) == 1 and nets[0].options.nat and not nets[0].options.driver.get("bridge.host_binding_ipv4"):
+                assert not [port for port in taken if port.address in ("", "0.0.0.0")], "a port of somebody else's"
+            return True
+        event("cannot start")
+        if any(net not in self.nets for net in box.networks):
+            assert re.search("network .* not found", said)
+        else:
+            assert taken
+            assert TAKEN.search(said)
+        assert "\n" not in said
+        return False
+
+    def taken(self, port: Port) -> bool:
+        """Whether somebody has all of its host ports, or there is no such address."""
+        if port.address == NO_ADDRESS:
+            return True
+        if port.host == "" or port.protocol == "sctp":
+            return False
+        first, _, last = port.host.partition("-")
+        return all(self.world.holds(port.protocol, each) for each in range(int(first), int(last or first) + 1))
+
+    def look(self, box: Box) -> None:
+        """What is true of it now."""
+        shown = self.docker.call("GET", f"/containers/{box.name}/json")
+        state = shown["State"]
+        box.state = "paused" if state["Paused"] else "running" if state["Running"] else "stopped"
+        box.pid = state["Pid"]
+        networks = shown["NetworkSettings"]["Networks"]
+        box.endpoints = {name: seen for name, seen in networks.items() if seen["EndpointID"]} if box.running else {}
+
+    @rule(box=consumes(containers))
+    def remove(self, box: Box) -> None:
+        self.docker.call("DELETE", f"/containers/{box.name}?force=1")
+        self.boxes.remove(box)
+
+    @rule(box=containers)
+    def kill_container(self, box: Box) -> None:
+        said = self.docker.refusal("POST", f"/containers/{box.name}/kill")
+        assert bool(said) != box.running
+        self.look(box)
+
+    @rule(box=containers)
+    def start_container(self, box: Box) -> None:
+        if box.state == "paused":
+            self.docker.call("POST", f"/containers/{box.name}/unpause")
+            self.look(box)
+        elif box.state == "running":
+            self.docker.call("POST", f"/containers/{box.name}/pause")
+            self.look(box)
+        else:
+            self.start(box)
+
+    @rule(box=containers)
+    def restart_container(self, box: Box) -> None:
+        if box.state == "paused":  # which engines may refuse
+            self.docker.call("POST", f"/containers/{box.name}/unpause")
+        if box.running:
+            self.docker.call("POST", f"/containers/{box.name}/stop?t=0")
+        self.start(box, "restart?t=0")
+
+    @rule(box=containers, net=networks)
+    def connect(self, box: Box, net: Net) -> None:
+        taken = [port for port in box.ports if self.taken(port)]
+        said = self.docker.refusal("POST", f"/networks/{net.name}/connect", {"Container": box.name})
+        self.look(box)
+        if net in box.networks:
+            assert not box.running or "already exists" in said
+        elif said:
+            event("cannot connect")
+            assert taken
+            assert TAKEN.search(said)
+        else:
+            box.networks.add(net)
+
+    @rule(box=containers, net=networks, force=st.booleans())
+    def disconnect(self, box: Box, net: Net, force: bool) -> None:
+        content = {"Container": box.name, "Force": force}
+        said = self.docker.refusal("POST", f"/networks/{net.name}/disconnect", content)
+        assert bool(said) == (net not in box.networks)
+        box.networks.discard(net)
+        self.look(box)
+
+    # ------------------------------------------------------------------------------------------------ and others
+
+    @rule(how=st.sampled_from(["SIGTERM", "SIGKILL", "relay"]))
+    def end_plugin(self, how: str) -> None:
+        if how == "relay":
+            self.world.kill_relay()
+        else:
+            self.world.stop_plugin(signal.Signals[how])
+            self.world.start_plugin()
+
+    @rule(one=containers, other=containers)
+    def neighbours(self, one: Box, other: Box) -> None:
+        """They reach each other, where they have a network in common."""
+        if one is other or one.state != "running" or other.state != "running":
+            return
+        for net in one.networks & other.networks:
+            if net.options.driver.get("bridge.enable_icc", "true") in ("true", "1"):
+                event("asked a neighbour")
+                address = other.endpoints[net.name]["IPAddress"]
+                failed = self.world.answers(self.world.namespace(one.pid), address, 80)
+                assert not failed, f"{other.name} does not answer {one.name}: {failed}"
+
+    @rule(box=containers)
+    def published(self, box: Box) -> None:
+        """Who is on the host, or outside of it, gets to a published port."""
+        if box.state != "running" or len(box.networks) != 1:
+            return
+        (net,) = box.networks
+        for port in box.ports:
+            if port.inside != "80/tcp" or not port.host.isdecimal() or not net.options.nat:
+                continue
+            binding = port.address or net.options.driver.get("bridge.host_binding_ipv4", "0.0.0.0")
+            if binding in ("0.0.0.0", ENGINE_ADDRESS, "127.0.0.1"):
+                if net.options.driver.get("bridge.inhibit_ipv4") in ("true", "1"):
+                    continue  # the host has no way to the container
+                event("asked a published port")
+                where = HOST if binding == "127.0.0.1" else OUTSIDE
+                address = ENGINE_ADDRESS if where == OUTSIDE else binding
+                failed = self.world.answers(where, address, int(port.host))
+                assert not failed, f"{port!r} of {box.name} does not answer {where}: {failed}"
+
+    @invariant()
+    def interfaces(self) -> None:
+        """Those of networks and of running containers, and no others."""
+        bridges = {net.bridge for net in self.nets}
+        ends = {f"ve-{seen['EndpointID'][:12]}" for box in self.boxes for seen in box.endpoints.values()}
+        wanted = self.devices | bridges | ends
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: self.world.interfaces() == wanted, PATIENCE)
+        there = self.world.interfaces()
+        assert there == wanted, f"left: {there - wanted}, missing: {wanted - there}"
+        for box in self.boxes:
+            if box.running:
+                assert set(box.endpoints) == {net.name for net in box.networks}
+
+
+# ----------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.fixture
+def world(engine: PrivateEngine) -> Iterator[World]:
+    # Before the first look: what the engine makes once.
+    engine.docker("network", "create", "once")
+    engine.docker("run", "--rm", "--network", "once", "busybox", "true")
+    engine.docker("network", "rm", "once")
+    world = World(engine)
+    yield world
+    world.close()
+
+
+def play(machine: Callable[[World], Sequences], world: World, sequences: int, steps: int) -> None:
+    chosen = settings(
+        max_examples=sequences,
+        stateful_step_count=steps,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    )
+    run_state_machine_as_test(lambda: machine(world), settings=chosen)  # type: ignore[no-untyped-call]
+    assert world.sequences >= sequences
+
+
+def test_two_hundred_sequences(world: World) -> None:
+    sequences = int(os.environ.get("NETPLUGIN_SEQUENCES") or SEQUENCES.get(world.engine.version, OF_OTHERS))
+    play(Sequences, world, sequences, STEPS)
