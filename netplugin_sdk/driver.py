@@ -139,6 +139,15 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     def revoke_external_connectivity(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         """Undo `program_external_connectivity` (``RevokeExternalConnectivity``); also before a `leave` without it."""
 
+    def endpoint_is_gone(self, network: Network[OptionsT], endpoint: Endpoint) -> bool:  # noqa: ARG002
+        """Say whether what `join` made has vanished, as after a reboot.
+
+        An engine that was killed forgets the endpoints of its containers without a ``Leave``. The SDK asks for each
+        endpoint in a sandbox when the plugin starts, when an engine activates it, and when
+        `program_external_connectivity` raises `Conflict`, which then runs once more; those that are gone are deleted.
+        """
+        return False
+
     def gw_alloc_check(self, options: OptionsT, request: NetworkOptions) -> SkipGateway:
         """Say for which IP versions a network of these options needs no gateway address (``GwAllocCheck``).
 

@@ -128,6 +128,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
         Failures are logged, and what is half made is left to the engine, which asks again.
         """
+        self.reap()
         for network in tuple(self._store.networks.values()):
             for endpoint in tuple(network.endpoints.values()):
                 if endpoint.row.intent == "DeleteEndpoint":
@@ -142,6 +143,20 @@ class NetworkLifecycle(Generic[OptionsT]):
                     if endpoint.external is not None and endpoint.row.intent is None:
                         program = self._driver.program_external_connectivity
                         self._try("publish again", endpoint, partial(program, network, endpoint, endpoint.external))
+
+    def reap(self) -> None:
+        """Delete the endpoints of containers that ended while nobody told."""
+        for network in tuple(self._store.networks.values()):
+            with self._locks.hold(network.id):
+                for endpoint in tuple(network.endpoints.values()):
+                    if endpoint.join is not None:
+                        self._try("look after", endpoint, partial(self._reap, network, endpoint))
+
+    def _reap(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        if self._driver.endpoint_is_gone(network, endpoint):
+            _log.warning("%r is gone, its container ended unnoticed: deleting it", endpoint)
+            self._store.save(endpoint, intent="DeleteEndpoint")
+            self._finish(endpoint, self._end_endpoint(network, endpoint))
 
     @staticmethod
     def _try(what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
@@ -367,6 +382,13 @@ class NetworkLifecycle(Generic[OptionsT]):
     # -------------------------------------------------------------------------------------- external connectivity
 
     def _program_external(self, request: messages.ProgramExternalConnectivity, body: bytes) -> bytes:
+        try:
+            return self._program_external_once(request, body)
+        except Conflict:
+            self.reap()  # who has the port may be dead
+            return self._program_external_once(request, body)
+
+    def _program_external_once(self, request: messages.ProgramExternalConnectivity, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             network, endpoint = self._endpoint(request)
             row = endpoint.row

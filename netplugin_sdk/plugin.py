@@ -129,6 +129,8 @@ class Plugin:
             _calls.handle(record)
 
     def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        if self._lifecycle is not None:
+            self._lifecycle.reap()  # an engine that starts may have forgotten what it had
         return self._implements
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

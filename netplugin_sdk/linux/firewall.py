@@ -28,7 +28,19 @@ from typing import Literal, Protocol, TypeAlias
 from netplugin_sdk.linux import iptables, nftables
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
-__all__ = ["GROUP", "BackendName", "FirewallError", "Mode", "Policy", "close", "delete", "ensure", "settle", "use"]
+__all__ = [
+    "GROUP",
+    "BackendName",
+    "FirewallError",
+    "Mode",
+    "Policy",
+    "close",
+    "delete",
+    "ensure",
+    "forward_nothing_else",
+    "settle",
+    "use",
+]
 
 _log = logging.getLogger("netplugin_sdk")
 
@@ -54,6 +66,19 @@ def delete(bridge: str) -> None:
     """
     check(bridge)
     _keeper.submit(bridge, None)
+
+
+def forward_nothing_else(version: int) -> None:
+    """Have this host forward nothing that no rule accepts, for one IP version: the policy of FORWARD becomes DROP.
+
+    For who turns forwarding on where it was off, as Docker does: otherwise the host would be a router for everybody.
+
+    Raises `FirewallError` if it is refused, or if Docker uses nftables here: then it leaves forwarding to the
+    administrator; `Unavailable` if iptables is not installed.
+    """
+    if (_keeper.chosen or _detect()) == "nftables":
+        raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
+    iptables.set_policy(version)
 
 
 def settle() -> None:

@@ -302,6 +302,11 @@ def text(*changes: Mapping[_Table, list[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------- programs
 
 
+def set_policy(version: int) -> None:
+    """Set the policy of FORWARD to DROP."""
+    _run(deque(), "iptables" if version == 4 else "ip6tables", "-w", "10", "-P", "FORWARD", "DROP")
+
+
 class Backend:
     """What the firewall has of ours, in both address families. Used by one thread."""
 

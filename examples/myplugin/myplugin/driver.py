@@ -114,6 +114,10 @@ class BridgeDriver(NetworkDriver[Options]):
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         """The engine takes the inner end out of the container."""
 
+    def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
+        """The pair goes with the container's network namespace."""
+        return not links.exists(endpoint.interface_name("ve"))
+
     def endpoint_oper_info(self, network: Network[Options], endpoint: Endpoint) -> Mapping[str, Any]:
         """What bridge tells. From a plugin the engine shows only some of it (moby daemon/network.go)."""
         return {
@@ -138,8 +142,8 @@ class BridgeDriver(NetworkDriver[Options]):
         self, network: Network[Options], endpoint: Endpoint, options: EndpointOptions
     ) -> None:
         """Take the host ports, and let what comes to them through to the container."""
-        if not options.port_map or network.internal or not links.exists(endpoint.interface_name("ve")):
-            return  # the last: its container ended with the host
+        if not options.port_map or network.internal:
+            return
         translated = [a for a in endpoint.addresses if _mode(network, a.version) is not Mode.ROUTED]
         published = ports.publish(
             endpoint.id,
@@ -237,12 +241,12 @@ def _refuse_overlap(network: Network[Options], other: Network[Options]) -> None:
 def _set_sysctls(network: Network[Options], bridge: str) -> None:
     versions = {subnet.version for subnet in network.subnets}
     if 4 in versions:
-        _forward("net/ipv4/ip_forward")
+        _forward(4, "net/ipv4/ip_forward")
     if 6 in versions:
         isolated = network.options.gateway_mode_ipv6 is Mode.ISOLATED
         sysctls.ensure(f"net/ipv6/conf/{bridge}/disable_ipv6", int(isolated))
         for scope in ("default", "all"):
-            _forward(f"net/ipv6/conf/{scope}/forwarding")
+            _forward(6, f"net/ipv6/conf/{scope}/forwarding")
     if sysctls.read(f"net/ipv6/conf/{bridge}/accept_ra") is not None:
         sysctls.ensure(f"net/ipv6/conf/{bridge}/accept_ra", 0)  # no neighbour is the host's router
     if not network.options.icc:
@@ -251,6 +255,8 @@ def _set_sysctls(network: Network[Options], bridge: str) -> None:
             sysctls.ensure(f"net/bridge/bridge-nf-call-ip{'6' if version == 6 else ''}tables", 1)
 
 
-def _forward(sysctl: str) -> None:
-    if sysctls.ensure(sysctl, 1) != "1":
-        _log.warning("%s was 0 and is 1 now: containers are reached through this host", sysctl)
+def _forward(version: int, sysctl: str) -> None:
+    if sysctls.read(sysctl) != "1":
+        firewall.forward_nothing_else(version)
+        sysctls.ensure(sysctl, 1)
+        _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", sysctl)
