@@ -92,6 +92,7 @@ class NetworkOptions:
         return not self.internal and mode.startswith("nat")
 
 
+DEV = set(os.environ.get("SEQ_DEV", "").split())  # XXX temporary
 BOOLEANS = st.sampled_from(["true", "false", "1", "0"])
 MODES = ["nat", "nat-unprotected", "routed"]
 
@@ -122,7 +123,7 @@ def network_options(draw: st.DrawFn) -> NetworkOptions:
     }
     return NetworkOptions(
         driver={key: value for key, value in drawn.items() if value is not None},
-        bridge=draw(or_nothing(st.sampled_from([*ADOPTED, "mine", "a.b-c@d=e_f", "fifteen_bytes_0"]), 3)) or "",
+        bridge=draw(or_nothing(st.sampled_from([*([] if "adopted" in DEV else ADOPTED), "mine", "a.b-c@d=e_f", "fifteen_bytes_0"]), 3)) or "",
         internal=internal,
         ipv6=ipv6,
         gateway=draw(st.booleans()),
@@ -130,7 +131,7 @@ def network_options(draw: st.DrawFn) -> NetworkOptions:
 
 
 INVALID = st.sampled_from(
-    [
+    [each for each in [
         (NetworkOptions({"driver.mtu": "none"}), "mtu='none': expected 68 to 65535"),
         (NetworkOptions({"driver.mtu": "67"}), "mtu='67': expected 68 to 65535"),
         (NetworkOptions({"driver.mtu": "65536"}), "mtu='65536': expected 68 to 65535"),
@@ -150,7 +151,7 @@ INVALID = st.sampled_from(
         (NetworkOptions(bridge="br%d"), "'br%d' cannot be the name of an interface"),
         (NetworkOptions(bridge="a b"), "'a b' cannot be the name of an interface"),
         (NetworkOptions(bridge="wild+"), "'wild+' cannot be the name of an interface"),
-    ]
+    ] if not ("mtu6" in DEV and each[1] == "IPv6")]
 )
 
 
@@ -251,7 +252,9 @@ class World:
         for number, name in enumerate(ADOPTED):
             # With a port that is up, so that the kernel changes nothing by itself as containers come and go.
             script += f"ip link add {name} type bridge; ip link add port{number} type veth peer far{number}; "
-            script += f"ip link set port{number} master {name} up; ip link set far{number} up; ip link set {name} up; "
+            for device in (name, f"port{number}", f"far{number}"):
+                script += f"ip link set {device} addrgenmode none; ip link set {device} up; "
+            script += f"ip link set port{number} master {name}; "
             script += f"ip addr add 10.99.{number}.1/24 dev {name}; "
         # What is set once and kept, as docs/ say.
         for name in ("ipv4/ip_forward", "ipv6/conf/default/forwarding", "ipv6/conf/all/forwarding"):
@@ -260,6 +263,8 @@ class World:
         script += "if [ -e $f ]; then echo 1 > $f; fi; done"
         done = self.engine.run(["sh", "-c", script])
         assert done.returncode == 0, done.stderr
+        tentative = ["ip", "-6", "-brief", "address", "show", "tentative"]
+        wait_until(lambda: not self.engine.run(tentative).stdout, PATIENCE, every=0.1)
 
     def connection(self) -> Docker:
         return Docker(self.run_folder / "docker.sock")
@@ -793,7 +798,8 @@ def play(machine: Callable[[World], Sequences], world: World, sequences: int, st
         database=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, Phase.generate],  # a sequence is short, and shrinking it takes minutes
+        report_multiple_bugs=False,
     )
     run_state_machine_as_test(lambda: machine(world), settings=chosen)  # type: ignore[no-untyped-call]
     assert world.sequences >= sequences

@@ -231,6 +231,7 @@ def test_a_bridge_without_subnets_carries_both_families(site: Site) -> None:
     _, second = site.bridge(1)
     firewall.ensure(policy(subnets=()))
     assert reached(second, *TO_1)
+    assert ask(second, *OUT, within=2) == {OUT[0]: "10.1.0.3", OUT[1]: "fd00:1::3"}, "not known what to masquerade"
     assert not ask(site.outside, *TO_1)
 
 

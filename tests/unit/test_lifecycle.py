@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -31,6 +33,7 @@ from netplugin_sdk import (
     Pool,
     PoolRequest,
     Scope,
+    Unsupported,
 )
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.lifecycle import _Locks
@@ -316,8 +319,8 @@ def test_a_method_that_fails_is_undone_and_nothing_is_remembered(step: Step, dri
     with Plugin(driver, state=tmp_path) as plugin:
         docker = Docker(plugin)
         before(step, driver, docker)
-        driver.fails[step.method] = Conflict("there is\n  one already")
-        assert docker.refused(*step.request) == (409, "there is one already")
+        driver.fails[step.method] = Unsupported("this is\n  not to be had")
+        assert docker.refused(*step.request) == (501, "this is not to be had")
         assert driver.since() == [step.method, step.undo]
     assert intents(tmp_path) == []
     another = Publisher()
@@ -1050,6 +1053,164 @@ def test_a_network_driver_and_its_own_exceptions_in_the_log(
 def test_a_network_driver_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         NetworkDriver()  # type: ignore[abstract]
+
+
+# ------------------------------------------------------------------------------ endpoints that ended unnoticed
+
+
+class Mortal(Publisher):
+    """Knows whose containers are gone. A port belongs to one endpoint at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: set[str] = set()
+        self.owner: str | None = None
+
+    def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
+        return endpoint.id in self.gone
+
+    def program_external_connectivity(
+        self, network: Network[Options], endpoint: Endpoint, options: EndpointOptions
+    ) -> None:
+        super().program_external_connectivity(network, endpoint, options)
+        if self.owner not in (None, endpoint.id):
+            raise Conflict("port is already allocated")
+        self.owner = endpoint.id
+
+    def revoke_external_connectivity(self, network: Network[Options], endpoint: Endpoint) -> None:
+        super().revoke_external_connectivity(network, endpoint)
+        if self.owner == endpoint.id:
+            self.owner = None
+
+
+def mortal(tmp_path: Path | None = None) -> tuple[Mortal, Docker]:
+    driver = Mortal()
+    docker = Docker(Plugin(driver, state=tmp_path))
+    for method, request in REPEATED:
+        docker(method, request)
+    return driver, docker
+
+
+def test_who_has_the_port_is_dead() -> None:
+    driver, docker = mortal()
+    docker.run(endpoint=OTHER_ENDPOINT)
+    assert docker.refused("ProgramExternalConnectivity", publishing(endpoint=OTHER_ENDPOINT))[0] == 409
+    assert list(driver.networks[NETWORK].endpoints) == [ENDPOINT, OTHER_ENDPOINT], "it lives"
+    driver.gone.add(ENDPOINT)
+    driver.since()
+    docker("ProgramExternalConnectivity", publishing(endpoint=OTHER_ENDPOINT))
+    ended = ["revoke", "leave", "delete_endpoint"]
+    assert driver.since() == ["program 18080", "revoke", *ended, "program 18080"]
+    assert list(driver.networks[NETWORK].endpoints) == [OTHER_ENDPOINT]
+    assert driver.owner == OTHER_ENDPOINT
+
+
+def test_an_engine_that_starts_may_have_forgotten_endpoints() -> None:
+    driver, docker = mortal()
+    docker("Plugin.Activate")
+    assert list(driver.networks[NETWORK].endpoints) == [ENDPOINT]
+    driver.gone.add(ENDPOINT)
+    docker("Plugin.Activate")
+    assert list(driver.networks[NETWORK].endpoints) == []
+    assert driver.owner is None
+
+
+def test_a_start_deletes_what_is_gone_before_it_publishes_again(tmp_path: Path) -> None:
+    _, docker = mortal(tmp_path)
+    docker.plugin.close()
+    driver = Mortal()
+    driver.gone.add(ENDPOINT)
+    with Plugin(driver, state=tmp_path):
+        assert driver.calls == ["revoke", "leave", "delete_endpoint", "create_network"]
+        assert not driver.networks[NETWORK].endpoints
+
+
+# --------------------------------------------------------------------------------------- what is done after answers
+
+
+class Slow(Publisher):
+    """Leaves the most of a deletion for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.broken = False
+
+    def later(self, what: str) -> Callable[[], object]:
+        def rest() -> None:
+            assert self.go.wait(PATIENCE)
+            if self.broken:
+                raise DriverError("the kernel says no")
+            self.calls.append(what)
+
+        return rest
+
+    def delete_network(self, network: Network[Options]) -> Callable[[], object]:
+        super().delete_network(network)
+        return self.later("network's rest")
+
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Callable[[], object]:
+        super().delete_endpoint(network, endpoint)
+        return self.later("endpoint's rest")
+
+
+def test_the_answer_does_not_wait_for_the_rest(tmp_path: Path) -> None:
+    driver = Slow()
+    with Plugin(driver, state=tmp_path / "state") as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker.run()
+        docker("Leave", of(endpoint=ENDPOINT))
+        docker("DeleteEndpoint", of(endpoint=ENDPOINT))
+        assert not driver.networks[NETWORK].endpoints
+        docker("DeleteEndpoint", of(endpoint=ENDPOINT))  # once more: nothing to delete
+        docker("DeleteNetwork", of())
+        assert not driver.networks
+        copy = shutil.copytree(tmp_path / "state", tmp_path / "copy")
+        assert {intent for _, intent in intents(copy)} == {"DeleteEndpoint", "DeleteNetwork"}
+        assert [call for call in driver.calls if "rest" in call] == []
+        driver.go.set()
+    assert driver.calls[-2:] == ["endpoint's rest", "network's rest"]
+    assert intents(tmp_path / "state") == []
+
+
+def test_a_network_is_made_when_others_are_gone() -> None:
+    driver = Slow()
+    with Plugin(driver) as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker("DeleteNetwork", of())
+        with ThreadPoolExecutor(1) as user:
+            made = user.submit(docker, "CreateNetwork", create_network(OTHER_NETWORK))
+            time.sleep(0.05)
+            assert not made.done()
+            driver.go.set()
+            made.result(PATIENCE)
+        assert driver.calls[-2:] == ["network's rest", "create_network"]
+
+
+@pytest.mark.parametrize("crash", [True, False], ids=["killed", "failed"])
+def test_a_rest_that_was_not_done_is_done_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, crash: bool
+) -> None:
+    driver = Slow()
+    with Plugin(driver, state=tmp_path / "state") as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker.run()
+        docker("DeleteEndpoint", of(endpoint=ENDPOINT))
+        docker("DeleteNetwork", of())
+        copy = shutil.copytree(tmp_path / "state", tmp_path / "copy")  # as SIGKILL would leave it
+        driver.broken = not crash
+        driver.go.set()
+    if not crash:
+        assert "the kernel says no" in caplog.text
+    again = Slow()
+    again.go.set()
+    folder = copy if crash else tmp_path / "state"
+    with Plugin(again, state=folder):
+        assert again.calls == ["leave", "delete_endpoint", "endpoint's rest", "delete_network", "network's rest"]
+    assert intents(folder) == []
 
 
 # ------------------------------------------------------------------------------------------- what a start restores

@@ -443,6 +443,7 @@ def test_a_thread_that_cannot_be_started(backend: Remembering, monkeypatch: pyte
     assert backend.kernel == {"br-1": PLAIN}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_log_that_fails_does_not_end_the_watch(backend: Remembering, announcing: Announcing) -> None:
     def refuse(_: logging.LogRecord) -> bool:
         raise ValueError("the filter of somebody's logging")
