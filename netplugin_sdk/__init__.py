@@ -4,7 +4,7 @@ The helpers that touch the kernel are in `netplugin_sdk.linux` and are not impor
 """
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
-from netplugin_sdk.driver import IpamDriver, NetworkDriver
+from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import (
     Conflict,
     DriverError,
@@ -66,6 +66,7 @@ __all__ = [
     "PoolRequest",
     "Port",
     "PortMapping",
+    "Rest",
     "Sandbox",
     "Scope",
     "Server",

@@ -124,17 +124,17 @@ class NetworkLifecycle(Generic[OptionsT]):
         driver.networks = MappingProxyType(store.networks)
 
     def restore(self) -> None:
-        """Finish what was being deleted, and bring back what may be gone from the kernel, as after a reboot.
+        """Finish what was being deleted, undo what was being made, and bring back what a reboot may have taken.
 
-        Failures are logged, and what is half made is left to the engine, which asks again.
+        What was not answered the engine asks for again, or not: then nobody else would remove it. Failures are logged.
         """
         self.reap()
         for network in tuple(self._store.networks.values()):
             for endpoint in tuple(network.endpoints.values()):
-                if endpoint.row.intent == "DeleteEndpoint":
-                    self._try("finish to delete", endpoint, partial(self._drop_endpoint, network, endpoint))
-            if network.row.intent == "DeleteNetwork":
-                self._try("finish to delete", network, partial(self._drop_network, network))
+                if endpoint.row.intent in ("CreateEndpoint", "DeleteEndpoint"):
+                    self._try("delete", endpoint, partial(self._drop_endpoint, network, endpoint))
+            if network.row.intent in ("CreateNetwork", "DeleteNetwork"):
+                self._try("delete", network, partial(self._drop_network, network))
         for network in tuple(self._store.networks.values()):
             if network.row.intent is None and self._try(
                 "restore", network, partial(self._driver.create_network, network)
@@ -268,7 +268,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
         # Gone for everybody but the file: should the plugin die, what is left to do is found there.
         self._store.unlist(record)
-        self._rests.submit(partial(self._try, "finish to delete", record, finish))
+        self._rests.submit(partial(self._try, "delete", record, finish))
 
     def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):

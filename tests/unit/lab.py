@@ -19,6 +19,7 @@ from netplugin_sdk import (
     NetworkOptions,
     Node,
     Plugin,
+    Rest,
     Sandbox,
     SkipGateway,
 )
@@ -125,15 +126,17 @@ class Recorder(NetworkDriver[Options]):
     def create_network(self, network: Network[Options]) -> None:
         self.called("create_network", network)
 
-    def delete_network(self, network: Network[Options]) -> None:
+    def delete_network(self, network: Network[Options]) -> Rest | None:
         self.called("delete_network", network)
+        return None
 
     def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface | None:
         self.called("create_endpoint", endpoint)
         return EndpointInterface(mac_address=MAC)
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest | None:
         self.called("delete_endpoint", endpoint)
+        return None
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         self.called("join", endpoint)

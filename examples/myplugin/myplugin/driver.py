@@ -1,7 +1,7 @@
 """One Linux bridge per network, one veth pair per endpoint: what Docker's bridge driver does, option by option."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from netplugin_sdk import (
     NetworkDriver,
     NetworkOptions,
     PortMapping,
+    Rest,
     Sandbox,
     SkipGateway,
     TransportProtocol,
@@ -77,7 +78,7 @@ class BridgeDriver(NetworkDriver[Options]):
         _set_sysctls(network, bridge)
         firewall.ensure(policy)
 
-    def delete_network(self, network: Network[Options]) -> Callable[[], object] | None:
+    def delete_network(self, network: Network[Options]) -> Rest | None:
         """Remove the rules, and the bridge unless it was there before."""
         bridge = _bridge(network)
         device = network.attached(Device)
@@ -101,7 +102,7 @@ class BridgeDriver(NetworkDriver[Options]):
             return EndpointInterface(mac_address=MacAddress.random())
         return EndpointInterface(mac_address=MacAddress.from_bytes(b"\x02\x42" + address.ip.packed))
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Callable[[], object]:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
         """Delete the pair by its outer end, wherever the inner one is."""
         return partial(links.delete, endpoint.interface_name("ve"))
 
