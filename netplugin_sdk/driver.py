@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeAlias
+from typing import Any, ClassVar, Generic, Protocol
 
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.messages import (
@@ -26,8 +26,12 @@ from netplugin_sdk.messages import (
 from netplugin_sdk.options import DriverOptions
 from netplugin_sdk.state import Endpoint, Network, OptionsT, Sandbox
 
-Rest: TypeAlias = Callable[[], object]
-"""What is left to do after an answer."""
+
+class Rest(Protocol):
+    """What is left to do after an answer: a function without arguments. What it raises is logged."""
+
+    def __call__(self) -> object:
+        """Do it."""
 
 
 class NetworkDriver(ABC, Generic[OptionsT]):

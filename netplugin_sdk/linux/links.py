@@ -101,6 +101,15 @@ def ensure_veth(
     _netlink.run(_ensure_veth, host, inside, master=master, mtu=mtu, mac=mac)
 
 
+def give_back(name: str, *, mtu: int, up: bool, without: Iterable[IPv4Interface | IPv6Interface] = ()) -> None:
+    """Leave an interface that was adopted as it was: with this MTU in bytes, up or down, `without` these addresses.
+
+    What is gone already is no error. Raises `LinkError` if the kernel refuses.
+    """
+    _check_name(name)
+    _netlink.run(_give_back, name, mtu, up, tuple(without))
+
+
 def delete(name: str) -> bool:
     """Remove an interface and, of a veth pair, the other end wherever it is. False if there is none of this name.
 
@@ -241,6 +250,22 @@ def _add_address(ipr: Any, cannot: str, index: int | None, address: IPv4Interfac
         )
     except NetlinkError as error:
         raise LinkError(f"{cannot} add address {address}", error) from error
+
+
+def _give_back(ipr: Any, name: str, mtu: int, up: bool, addresses: tuple[IPv4Interface | IPv6Interface, ...]) -> None:
+    if (index := _index(name)) is None:
+        return
+    try:
+        for address in addresses:
+            try:
+                ipr.addr("del", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+            except NetlinkError as error:
+                if error.code not in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                    raise
+        ipr.link("set", index=index, mtu=mtu, state="up" if up else "down")
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise LinkError(f"interface {name}: cannot be given back", error) from error
 
 
 def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: int | None, mac: str | None) -> None:

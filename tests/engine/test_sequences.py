@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, Process, wait_until
+from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
 
 from .conftest import MYPLUGIN
 
@@ -352,7 +353,7 @@ class World:
         trouble += [f"left: {line}" for line in after if line not in before]
         trouble += [f"gone: {line}" for line in before if line not in after]
         if not trouble and after != before:
-            trouble += ["order: " + "\n".join(line for line in after if "iptables" in line)]
+            trouble += ["another order:", *unified_diff(before, after, lineterm="")]
         if plugin["processes"] != 1 or plugin["relays"] > 1:
             trouble.append(f"processes: {plugin}")
         if plugin["descriptors"] > DESCRIPTORS or plugin["threads"] > THREADS:

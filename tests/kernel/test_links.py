@@ -317,3 +317,18 @@ def test_a_socket_that_cannot_be_opened_is_an_error_of_that_call_only(monkeypatc
 def test_the_sdk_itself_does_not_import_netlink() -> None:
     code = "import sys, netplugin_sdk; sys.exit(any(name.startswith('pyroute2') for name in sys.modules))"
     run(sys.executable, "-c", code)
+
+
+def test_an_adopted_bridge_is_given_back_as_it_was() -> None:
+    run("ip", "link", "add", "own", "mtu", "1400", "type", "bridge")
+    run("ip", "address", "add", "10.9.0.1/24", "dev", "own")
+    before = links.describe("own")
+    added = [ip_interface("10.1.0.1/24"), ip_interface("fd00::1/64")]
+    links.ensure_bridge("own", addresses=[*added, ip_interface("10.9.0.1/24")], mtu=1300)
+    links.give_back("own", mtu=before.mtu, up=before.up, without=added)
+    assert links.describe("own") == before
+    links.give_back("own", mtu=before.mtu, up=True, without=added)  # again, and the addresses are gone
+    assert links.describe("own").up
+    links.delete("own")
+    links.give_back("own", mtu=1500, up=True)
+    assert not links.exists("own")

@@ -34,9 +34,14 @@ _log = logging.getLogger("myplugin")
 
 @dataclass(frozen=True)
 class Device:
-    """Attached to a network: whether its bridge was there before."""
+    """Attached to a network: what its bridge was before, if it was there."""
 
-    adopted: bool
+    adopted: bool = False
+    mtu: int = 0
+    up: bool = False
+    added: tuple[IPInterface, ...] = ()
+    """The addresses that it got."""
+    disable_ipv6: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,16 @@ class BridgeDriver(NetworkDriver[Options]):
     def create_network(self, network: Network[Options]) -> None:
         """Make the bridge and let its traffic through Docker's firewall."""
         options, bridge = network.options, _bridge(network)
+        policy = _policy(network)  # first, since it refuses what cannot be written into a rule
+        if options.mtu < 1280 and any(subnet.version == 6 for subnet in network.subnets):
+            raise InvalidOption(f"option com.docker.network.driver.mtu={options.mtu}: IPv6 needs 1280 (RFC 8200)")
         if Mode.ISOLATED in (options.gateway_mode_ipv4, options.gateway_mode_ipv6) and not network.internal:
             raise InvalidOption("gateway mode 'isolated' can only be used for an internal network")
         for other in tuple(self.networks.values()):
             if other is not network:
                 _refuse_overlap(network, other)
         if network.attached(Device) is None:
-            network.attach(Device(adopted=links.exists(bridge)))
-        policy = _policy(network)
+            network.attach(_before(network, bridge))
         links.ensure_bridge(bridge, addresses=_bridge_addresses(network), mtu=options.mtu, group=firewall.GROUP)
         _set_sysctls(network, bridge)
         firewall.ensure(policy)
@@ -84,9 +91,8 @@ class BridgeDriver(NetworkDriver[Options]):
         device = network.attached(Device)
         if device is None:
             return None  # nothing was made, and the name may be another network's
-        if device.adopted:
-            return partial(firewall.delete, bridge)
-        return partial(together, partial(firewall.delete, bridge), partial(links.delete, bridge))
+        remove = partial(_give_back, bridge, device) if device.adopted else partial(links.delete, bridge)
+        return partial(together, partial(firewall.delete, bridge), remove)
 
     # ------------------------------------------------------------------------------------------------ endpoints
 
@@ -230,6 +236,25 @@ def _policy(network: Network[Options]) -> Policy:
     )
 
 
+def _before(network: Network[Options], bridge: str) -> Device:
+    if not links.exists(bridge):
+        return Device()
+    link = links.describe(bridge)
+    return Device(
+        adopted=True,
+        mtu=link.mtu,
+        up=link.up,
+        added=tuple(address for address in _bridge_addresses(network) if address not in link.addresses),
+        disable_ipv6=sysctls.read(f"net/ipv6/conf/{bridge}/disable_ipv6"),
+    )
+
+
+def _give_back(bridge: str, device: Device) -> None:
+    links.give_back(bridge, mtu=device.mtu, up=device.up, without=device.added)
+    if device.disable_ipv6 is not None and links.exists(bridge):
+        sysctls.ensure(f"net/ipv6/conf/{bridge}/disable_ipv6", device.disable_ipv6)
+
+
 def _refuse_overlap(network: Network[Options], other: Network[Options]) -> None:
     if _bridge(network) == _bridge(other):
         raise Conflict(f"{network!r} conflicts with {other!r}: networks have same bridge name {_bridge(other)!r}")
@@ -248,7 +273,8 @@ def _set_sysctls(network: Network[Options], bridge: str) -> None:
         sysctls.ensure(f"net/ipv6/conf/{bridge}/disable_ipv6", int(isolated))
         for scope in ("default", "all"):
             _forward(6, f"net/ipv6/conf/{scope}/forwarding")
-    if sysctls.read(f"net/ipv6/conf/{bridge}/accept_ra") is not None:
+    device = network.attached(Device)
+    if device and not device.adopted and sysctls.read(f"net/ipv6/conf/{bridge}/accept_ra") is not None:
         sysctls.ensure(f"net/ipv6/conf/{bridge}/accept_ra", 0)  # no neighbour is the host's router
     if not network.options.icc:
         # Else what goes from one port of the bridge to another is not filtered.

@@ -49,7 +49,7 @@ def snapshot() -> tuple[list[str], dict[str, int]]:
     own = {os.getpid(), *(process.pid for process in running.values())}
     processes, plugin = list_processes(own)
     said = {what: process.communicate()[0] for what, process in running.items()}
-    found = [*links(said.pop("link")), *processes, *sockets(), *sysctls(), *state()]
+    found = sorted((*links(said.pop("link")), *processes, *sockets(), *sysctls(), *state()))
     for what, text in said.items():
         table = ""
         for line in text.splitlines():
@@ -60,7 +60,7 @@ def snapshot() -> tuple[list[str], dict[str, int]]:
 
 
 def links(text: str) -> Iterator[str]:
-    for link in sorted(json.loads(text), key=lambda link: str(link["ifname"])):
+    for link in json.loads(text):
         up = "up" if "UP" in link["flags"] else "down"
         kind = link.get("linkinfo", {})
         seen = [f"{key} {link[key]}" for key in OF_LINKS if key in link]
@@ -102,12 +102,12 @@ def list_processes(own: set[int]) -> tuple[list[str], dict[str, int]]:
                 plugin["relays"] += 1
             else:
                 found.append(f"process {' '.join(words)[:200]!r}")
-    return sorted(found), plugin
+    return found, plugin
 
 
 def sockets() -> Iterator[str]:
     for kind in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6"):
-        for line in sorted(Path(f"/proc/self/net/{kind}").read_text().splitlines()[1:]):
+        for line in Path(f"/proc/self/net/{kind}").read_text().splitlines()[1:]:
             _, local, _, status, *_ = line.split()
             if status == "0A" or not kind.startswith("tcp"):
                 yield f"socket {kind} {local}"
@@ -120,7 +120,7 @@ def sockets() -> Iterator[str]:
 def sysctls() -> Iterator[str]:
     for part in SYSCTLS:
         for folder, _, files in os.walk(f"/proc/sys/net/{part}"):
-            for file in sorted(files):
+            for file in files:
                 name = f"{folder}/{file}".removeprefix("/proc/sys/")
                 with contextlib.suppress(OSError):  # those that can only be written, and what has gone
                     if not PASSING.search(name):
@@ -128,7 +128,7 @@ def sysctls() -> Iterator[str]:
 
 
 def state() -> Iterator[str]:
-    for folder in sorted(STATE.iterdir()) if STATE.is_dir() else ():
+    for folder in STATE.iterdir() if STATE.is_dir() else ():
         with tempfile.TemporaryDirectory() as copy:
             for file in folder.iterdir():
                 if file.name != "lock":
