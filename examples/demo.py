@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from netplugin_sdk.testing.engine import (
+    ENGINE_ADDRESS,
     OUTSIDE_ADDRESS,
     VERSIONS,
     EngineError,
@@ -42,6 +43,9 @@ class Tell(socketserver.BaseRequestHandler):
 socketserver.ThreadingTCPServer(("{OUTSIDE_ADDRESS}", {PORT}), Tell).serve_forever()
 """
 
+# wget, which not every machine has.
+FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode(), end='')"
+
 BOLD, DIM, RESET = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
 
 
@@ -62,15 +66,22 @@ class Shell:
 
     def __call__(self, command: str) -> str:
         """Run the command; raise `Stopped` if it fails."""
+        return self.show(command, lambda: self._run(shlex.split(command)))
+
+    @staticmethod
+    def show(command: str, run: Callable[[], subprocess.CompletedProcess[str]]) -> str:
+        """The same, where what runs is not quite what is shown."""
         print(f"{BOLD}$ {command}{RESET}", flush=True)
-        done = self._run(shlex.split(command))
+        done = run()
         print(done.stdout, end="", flush=True)
         if done.returncode != 0:
             raise Stopped(f"`{command}` failed: {done.stderr.strip() or f'status {done.returncode}'}")
         return done.stdout
 
 
-def demonstrate(shell: Shell, name: str, outbound: Callable[[], None]) -> None:
+def demonstrate(
+    shell: Shell, name: str, publish: str, inbound: Callable[[], None], outbound: Callable[[], None]
+) -> None:
     """The steps; `name` begins the name of all that they make."""
     network, web, client = f"{name}mynet", f"{name}web", f"{name}client"
     say("The plugin runs. Docker finds it by its socket:")
@@ -78,12 +89,14 @@ def demonstrate(shell: Shell, name: str, outbound: Callable[[], None]) -> None:
     say("A network of it is a Linux bridge with the gateway's address:")
     shell(f"docker network create --driver myplugin {network}")
     shell("docker network ls")
-    say("Two containers on it:")
-    shell(f"docker run --detach --name {web} --network {network} busybox sleep 600")
+    say("Two containers on it, one with a published port:")
+    serve = "sh -c 'echo hello from web > /tmp/index.html; httpd -f -h /tmp'"
+    shell(f"docker run --detach --name {web} --network {network} --publish {publish}:80 busybox {serve}")
     shell(f"docker run --detach --name {client} --network {network} busybox sleep 600")
     shell(f"docker network inspect {network}")
     say("They reach each other by name:")
     shell(f"docker exec {client} ping -c 3 {web}")
+    inbound()
     outbound()
     say("Clean up:")
     shell(f"docker rm --force {web} {client}")
@@ -102,6 +115,11 @@ def on_private_engine(version: str) -> None:
 
         shell = Shell(run)
 
+        def inbound() -> None:
+            url = f"http://{ENGINE_ADDRESS}:8080/"
+            say("The outside host reaches the published port:")
+            shell.show(f"wget -qO- {url}", lambda: engine.run_outside([sys.executable, "-c", FETCH, url]))
+
         def outbound() -> None:
             say(f"They reach the outside; {OUTSIDE_ADDRESS} has no route to them and sees the host's address:")
             with engine.spawn("outside", [sys.executable, "-c", OUTSIDE_SERVER], outside=True):
@@ -109,8 +127,9 @@ def on_private_engine(version: str) -> None:
                 wait_until(lambda: engine.run_outside(listening).stdout != "", 10)
                 shell(f"docker exec client nc {OUTSIDE_ADDRESS} {PORT}")
 
-        demonstrate(shell, "", outbound)
-        say("Nothing is left of them on the host:")
+        demonstrate(shell, "", "8080", inbound, outbound)
+        say("Nothing is left of them on the host, as soon as the kernel has removed it:")
+        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 5)
         shell("ip -brief link")
         plugin.stop()
         say("What the plugin logged:")
@@ -133,6 +152,11 @@ def on_host() -> None:
         raise Stopped(f"this machine's Docker cannot be reached: {reachable.stderr.strip()}")
     shell = Shell(run)
 
+    def inbound() -> None:
+        url = "http://127.0.0.1:18080/"
+        say("The host reaches the published port:")
+        shell.show(f"wget -qO- {url}", lambda: run([sys.executable, "-c", FETCH, url]))
+
     def outbound() -> None:
         say("They reach the host, here by their network's gateway:")
         gateway = run(
@@ -141,7 +165,7 @@ def on_host() -> None:
         shell(f"docker exec {PREFIX}client ping -c 2 {gateway.stdout.strip()}")
 
     with host_plugin(), removed_afterwards(run):
-        demonstrate(shell, PREFIX, outbound)
+        demonstrate(shell, PREFIX, "127.0.0.1:18080", inbound, outbound)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from netplugin_sdk.testing.engine import VERSIONS, EngineUnavailable, PrivateEngine, Process, require
+from netplugin_sdk.testing.engine import VERSIONS, EngineUnavailable, PrivateEngine, Process, require, wait_until
 
 MYPLUGIN = (sys.executable, "-m", "myplugin")
 
@@ -18,6 +19,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             versions = metafunc.config.getoption("engine") or list(VERSIONS)
             metafunc.parametrize(name, versions, indirect=True, scope="session")
             return
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (pytest-xdist), one has all tests of an engine, so that it is started once."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec else {}
+        item.add_marker(pytest.mark.xdist_group(str(params.get("engine", params.get("version", "none")))))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +63,8 @@ def plugin_beside(engine: PrivateEngine, name: str, command: Sequence[str]) -> I
     yield plugin
     with plugin if plugin.running else engine.start_plugin(name, command):
         remove_all(engine)
+        with contextlib.suppress(TimeoutError):  # it removes after its answers
+            wait_until(lambda: state_of(engine) == before, 2)
     assert state_of(engine) == before, "the test or the plugin left something behind"
 
 

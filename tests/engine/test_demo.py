@@ -69,12 +69,14 @@ STEPS = (
     "$ docker network ls",
     "{}mynet",
     "myplugin   local",
-    "$ docker run --detach --name {}web --network {}mynet busybox",
+    "$ docker run --detach --name {}web --network {}mynet --publish ",
     "$ docker run --detach --name {}client --network {}mynet busybox",
     "$ docker network inspect {}mynet",
     '"Driver": "myplugin"',
     "$ docker exec {}client ping -c 3 {}web",
     "3 packets transmitted, 3 packets received, 0% packet loss",
+    "$ wget -qO- http://",
+    "hello from web",
 )
 
 

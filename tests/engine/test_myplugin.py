@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from myplugin.options import Options
 
 from netplugin_sdk.testing.engine import (
     ENGINE_ADDRESS,
@@ -152,7 +153,7 @@ def test_a_container_that_is_restarted_and_killed(engine: PrivateEngine) -> None
     run(engine, "two")
     assert pings(engine, "two", "one")
     engine.docker("rm", "--force", "one", "two")
-    assert state_of(engine) == before
+    wait_until(lambda: state_of(engine) == before, 2)
 
 
 def test_many_at_once(engine: PrivateEngine) -> None:
@@ -171,19 +172,47 @@ def test_a_network_in_use_cannot_be_removed(engine: PrivateEngine) -> None:
     assert pings(engine, "one", OUTSIDE_ADDRESS)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["-o", "com.docker.network.driver.mtu=none"], "option com.docker.network.driver.mtu='none': expected 68 to 65535, or 0 for 1500"),
-        (["-o", "nonsense=1"], "unknown option 'nonsense'; known options: com.docker.network"),
-    ],
-)
-def test_a_network_that_cannot_be_leaves_nothing(engine: PrivateEngine, options: list[str], said: str) -> None:
+NOT_A_NAME = "cannot be the name of an interface"
+BAD = [
+    ("driver.mtu", "none", "expected 68 to 65535, or 0 for 1500"),
+    ("driver.mtu", "67", "expected 68 to 65535, or 0 for 1500"),
+    ("bridge.name", "a b", NOT_A_NAME),
+    ("bridge.name", "sixteen-bytes-xx", NOT_A_NAME),
+    ("bridge.name", "lo", "a physical or loopback interface has this name"),
+    ("bridge.enable_icc", "maybe", "expected true or false"),
+    ("bridge.enable_ip_masquerade", "", "expected true or false"),
+    ("bridge.inhibit_ipv4", "2", "expected true or false"),
+    ("bridge.gateway_mode_ipv4", "bad", "expected nat, nat-unprotected, routed or isolated"),
+    ("bridge.gateway_mode_ipv6", "NAT", "expected nat, nat-unprotected, routed or isolated"),
+    ("bridge.gateway_mode_ipv4", "isolated", "can only be used for an internal network"),
+    ("bridge.host_binding_ipv4", "::1", "expected an IPv4 address"),
+    ("bridge.trusted_host_interfaces", "eth0:a+", NOT_A_NAME),
+    ("host_ipv4", "nowhere", "expected an IPv4 address"),
+    ("host_ipv6", "192.0.2.1", "expected an IPv6 address"),
+    ("container_iface_prefix", "a/b", "expected up to 12 bytes without white space"),
+    ("nonsense", "1", "unknown option 'com.docker.network.nonsense'; known options: com.docker.network"),
+]
+
+
+def test_every_option_has_a_bad_value_here() -> None:
+    assert {f"com.docker.network.{key}" for key, _, _ in BAD} > set(Options.__struct_encode_fields__)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), BAD)
+def test_a_network_that_cannot_be_leaves_nothing(engine: PrivateEngine, key: str, value: str, said: str) -> None:
     before = state_of(engine)
-    done = engine.run_docker("network", "create", "--driver", "myplugin", *options, "mynet")
+    option = f"com.docker.network.{key}={value}"
+    done = engine.run_docker("network", "create", "--driver", "myplugin", "-o", option, "mynet")
     assert done.returncode != 0
     assert said in done.stderr
-    assert state_of(engine) == before
+    assert len(done.stderr.strip().splitlines()) == 1
+    wait_until(lambda: state_of(engine) == before, 2)
+
+
+def test_ipv6_needs_an_mtu_of_1280(engine: PrivateEngine) -> None:
+    options = ("--ipv6", "--subnet", "fd00:77::/64", "-o", "com.docker.network.driver.mtu=1279")
+    done = engine.run_docker("network", "create", "--driver", "myplugin", *options, "mynet")
+    assert "mtu=1279: IPv6 needs 1280" in done.stderr
 
 
 def test_the_plugin_may_be_restarted_under_running_containers(engine: PrivateEngine, myplugin: Process) -> None:
@@ -195,7 +224,7 @@ def test_the_plugin_may_be_restarted_under_running_containers(engine: PrivateEng
         assert pings(engine, "two", "one")
         engine.docker("rm", "--force", "one", "two")
         engine.docker("network", "rm", "mynet")
-        assert "br-" not in engine.run(["ip", "-brief", "link"]).stdout
+        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 2)
 
 
 def test_the_engine_may_be_restarted(engine: PrivateEngine) -> None:

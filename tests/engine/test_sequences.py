@@ -20,25 +20,22 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
+from random import Random
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, event, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
-    MultipleResults,
     RuleBasedStateMachine,
-    consumes,
     initialize,
-    invariant,
-    multiple,
     rule,
     run_state_machine_as_test,
 )
@@ -81,11 +78,18 @@ class NetworkOptions:
     gateway: bool = False
     """Whether its address is asked for."""
 
-    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
-        """As hypothesis shows it."""
+    def __str__(self) -> str:
         flags = [name for name in ("internal", "ipv6", "gateway") if getattr(self, name)]
         options = {**self.driver, **({"bridge.name": self.bridge} if self.bridge else {})}
-        printer.text(f"<{' '.join((*flags, *(f'{key}={value}' for key, value in options.items()))) or 'plain'}>")
+        return " ".join((*flags, *(f"{key}={value}" for key, value in options.items()))) or "plain"
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(f"<{self}>")
+
+    @property
+    def binding(self) -> str:
+        """Where ports are published by default, if it says so."""
+        return self.driver.get("bridge.host_binding_ipv4", "")
 
     @property
     def nat(self) -> bool:
@@ -132,7 +136,7 @@ def network_options(draw: st.DrawFn) -> NetworkOptions:
     )
 
 
-INVALID = st.sampled_from(
+INVALID = (
     [each for each in [
         (NetworkOptions({"driver.mtu": "none"}), "mtu='none': expected 68 to 65535"),
         (NetworkOptions({"driver.mtu": "67"}), "mtu='67': expected 68 to 65535"),
@@ -190,7 +194,6 @@ PORTS = st.lists(
         host=st.sampled_from(HOST_PORTS),
         address=st.sampled_from(ADDRESSES),
     ),
-    min_size=1,
     max_size=3,
     unique_by=(lambda port: port.inside, lambda port: (port.protocol, port.host)),
 )
@@ -198,6 +201,10 @@ TAKEN = re.compile(r"port is already allocated|address already in use|all ports 
 
 
 # ------------------------------------------------------------------------------------------------------- the world
+
+
+SPENT: Counter[str] = Counter()
+TIMES: Counter[str] = Counter()
 
 
 class Docker(http.client.HTTPConnection):
@@ -213,6 +220,16 @@ class Docker(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
     def call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
+        began = time.monotonic()
+        try:
+            return self._call(method, path, content)
+        finally:
+            if "SEQ_DEV" in os.environ:
+                key = method + re.sub("[0-9a-f]{64}|(?<=net|box)[0-9]+", "", path)
+                SPENT[key] += time.monotonic() - began
+                TIMES[key] += 1
+
+    def _call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
         """The answer; raises `EngineError` with what the engine says where it refuses."""
         body = None if content is None else json.dumps(content).encode()
         try:
@@ -246,6 +263,8 @@ class World:
         self.docker = self.connection()
         self.numbers = 0
         self.sequences = 0
+        self.events: Counter[str] = Counter()
+        """What happened in all sequences, and how often."""
         self._before: list[str] = []
         self._file = engine.folder / "expected.json"
         self._prepare()
@@ -327,13 +346,9 @@ class World:
                 if "/linux/relay.py" in Path(f"/proc/{child}/cmdline").read_text():
                     os.kill(int(child), signal.SIGKILL)
 
-    def new_log(self) -> str:
-        """What the plugin has written since this was asked."""
-        with self.plugin.log.open(errors="replace") as log:
-            log.seek(self._logged)
-            text = log.read()
-            self._logged = log.tell()
-        return text
+    def log(self) -> str:
+        """The end of what the plugin has written in this sequence."""
+        return self.plugin.log.read_bytes()[self._logged :][-10_000:].decode(errors="replace")
 
     # ------------------------------------------------------------------------------------------------ the host
 
@@ -341,7 +356,7 @@ class World:
         """Before a sequence."""
         if not self._before:
             self._before = self._look()["lines"]
-        self.new_log()
+        self._logged = self.plugin.log.stat().st_size
 
     def end(self) -> None:
         """After it: Docker removes all, and what is left is an error."""
@@ -358,12 +373,11 @@ class World:
             trouble.append(f"processes: {plugin}")
         if plugin["descriptors"] > DESCRIPTORS or plugin["threads"] > THREADS:
             trouble.append(f"the plugin has {plugin}")
-        log = self.new_log()
-        if "Traceback" in log:
-            trouble.append("a traceback in the log")
+        if "Traceback" in self.log():
+            trouble.append("a traceback in the plugin's log")
         if trouble:
             self._scrub(before)
-            raise AssertionError("\n".join((*trouble, "--- the plugin's log:", log[-8000:])))
+            raise AssertionError("\n".join(trouble))
         self._before = before
 
     def clear(self) -> list[str]:
@@ -487,6 +501,12 @@ def ask(host: str, port: int, patience: float = 5.0) -> str:
 # ---------------------------------------------------------------------------------------------------- the sequence
 
 
+class Draw(Protocol):
+    """Of hypothesis."""
+
+    def __call__(self, strategy: st.SearchStrategy[T]) -> T: ...
+
+
 @dataclass(eq=False)
 class Net:
     """A network that is there."""
@@ -494,7 +514,9 @@ class Net:
     name: str
     id: str
     options: NetworkOptions
-    number: int
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(self.name)
 
     @property
     def bridge(self) -> str:
@@ -507,12 +529,15 @@ class Box:
 
     name: str
     ports: Sequence[Port]
-    networks: set[Net] = field(default_factory=set)
+    networks: set[Net]
     """That it is connected to, also while it does not run."""
     state: str = "created"
     pid: int = 0
     endpoints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Name of a network → what inspect shows."""
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(self.name)
 
     @property
     def running(self) -> bool:
@@ -522,26 +547,81 @@ class Box:
 class Sequences(RuleBasedStateMachine):
     """One of them."""
 
-    networks: Bundle[Net] = Bundle("networks")
-    containers: Bundle[Box] = Bundle("containers")
-
     def __init__(self, world: World) -> None:
         super().__init__()
         self.world = world
         self.docker = world.docker
         self.nets: list[Net] = []
         self.boxes: list[Box] = []
+        self.steps: list[str] = []
+        """In words."""
         world.begin()
         self.devices = world.interfaces()
 
     def teardown(self) -> None:
-        self.world.end()
+        with self.explained():
+            self.world.end()
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Errors tell what was done, and have the end of the plugin's log."""
+        try:
+            yield
+        except (AssertionError, EngineError, OSError, http.client.HTTPException) as error:
+            lines = ("--- the sequence:", *self.steps, "--- the plugin's log:", self.world.log())
+            error.add_note("\n".join(lines))
+            raise
+
+    def told(self, step: str, said: str = "") -> None:
+        self.steps.append(f"{step}{f' → {said}' if said else ''}")
+        self.world.events[step.split(maxsplit=1)[0] + (" refused" if said else "")] += 1
+
+    # Hypothesis prefers what is first in a list, and repeats itself: steps are to be chosen evenly.
+    @initialize(options=network_options(), random=st.randoms(use_true_random=True))
+    def begin(self, options: NetworkOptions, random: Random) -> None:
+        self.random = random
+        with self.explained():
+            assert self.create(options) == ""
+
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        """One of those that make sense now, and that are not done yet; mostly those that change much."""
+        weights, actions = zip(*self.actions(), strict=True)
+        (action,) = self.random.choices(actions, weights)
+        with self.explained():
+            action(data.draw)
+            self.check_interfaces()
+
+    def actions(self) -> Iterator[tuple[int, Callable[[Draw], None]]]:
+        """What can be done now, and how often to choose it."""
+        yield 1, self.invalid_network
+        yield 1, self.end_plugin
+        if len(self.nets) < 3:
+            yield 2, self.another_network
+        if not self.nets:
+            return
+        yield 1, self.remove_network
+        if len(self.boxes) < 3:
+            yield 8 - 3 * len(self.boxes), self.run_container
+        if self.boxes:
+            yield 1, self.remove_container
+            yield 1, self.kill_container
+            yield 1, self.disconnect
+            yield 1, self.restart_container
+            yield 1, self.pause_container
+            yield 2, self.published
+        if any(not box.running for box in self.boxes):
+            yield 3, self.start_container
+        if any(net not in box.networks for box in self.boxes for net in self.nets):
+            yield 4, self.connect
+        if any(self.common(one, other) for one in self.boxes for other in self.boxes):
+            yield 3, self.neighbours
 
     # ------------------------------------------------------------------------------------------------ networks
 
-    def create(self, options: NetworkOptions, number: int) -> tuple[str, str]:
-        """Name and id of a network."""
-        name = f"net{number}"
+    def create(self, options: NetworkOptions) -> str:
+        """Why it cannot be created, where it cannot."""
+        number = self.world.number()
         high, low = 100 + number // 250 % 100, number % 250
         pools = [{"Subnet": f"10.{high}.{low}.0/24"}]
         if options.ipv6:
@@ -551,6 +631,7 @@ class Sequences(RuleBasedStateMachine):
         given = {f"com.docker.network.{key}": value for key, value in options.driver.items()}
         if options.bridge:
             given["com.docker.network.bridge.name"] = options.bridge
+        name = f"net{number}"
         content = {
             "Name": name,
             "Driver": "myplugin",
@@ -559,61 +640,46 @@ class Sequences(RuleBasedStateMachine):
             "IPAM": {"Config": pools},
             "Options": given,
         }
-        return name, self.docker.call("POST", "/networks/create", content)["Id"]
+        try:
+            id_ = self.docker.call("POST", "/networks/create", content)["Id"]
+        except EngineError as error:
+            self.told(f"create {name} {options}", str(error))
+            return str(error)
+        self.told(f"create {name} {options}")
+        self.nets.append(Net(name, id_, options))
+        return ""
 
-    @initialize(target=networks, options=network_options())
-    def first_network(self, options: NetworkOptions) -> MultipleResults[Net]:
-        return self.create_network(options)
+    def another_network(self, draw: Draw) -> None:
+        options = draw(network_options())
+        same = [net for net in self.nets if net.bridge == options.bridge]
+        said = self.create(options)
+        assert said == "" if not same else f"networks have same bridge name '{options.bridge}'" in said
+        assert "\n" not in said
 
-    def create_network(self, options: NetworkOptions) -> MultipleResults[Net]:
-        number = self.world.number()
-        if any(net.bridge == options.bridge for net in self.nets):
-            with pytest.raises(EngineError, match=f"networks have same bridge name '{options.bridge}'"):
-                self.create(options, number)
-            return multiple()
-        name, id_ = self.create(options, number)
-        net = Net(name, id_, options, number)
-        self.nets.append(net)
-        return multiple(net)
-
-    @rule(target=networks, options=network_options())
-    def another_network(self, options: NetworkOptions) -> MultipleResults[Net]:
-        return self.create_network(options)
-
-    @rule(invalid=INVALID)
-    def invalid_network(self, invalid: tuple[NetworkOptions, str]) -> None:
-        options, wanted = invalid
-        with pytest.raises(EngineError) as raised:
-            self.create(options, self.world.number())
-        said = str(raised.value)
+    def invalid_network(self, draw: Draw) -> None:
+        options, wanted = draw(st.sampled_from(INVALID))
+        said = self.create(options)
         assert wanted in said
         assert "\n" not in said
         assert "Traceback" not in said
 
-    @rule(target=networks, net=consumes(networks))
-    def remove_network(self, net: Net) -> MultipleResults[Net]:
+    def remove_network(self, draw: Draw) -> None:
+        net = draw(st.sampled_from(self.nets))
         said = self.docker.refusal("DELETE", f"/networks/{net.name}")
+        self.told(f"remove_network {net.name}", said)
         if any(net in box.networks and box.running for box in self.boxes):
             assert "has active endpoints" in said
-            return multiple(net)
-        assert said == ""
-        self.nets.remove(net)
-        return multiple()
+        else:
+            assert said == ""
+            self.nets.remove(net)
 
     # ---------------------------------------------------------------------------------------------- containers
 
-    @rule(target=containers, net=networks)
-    def run_container(self, net: Net) -> MultipleResults[Box]:
-        return self.run_box(net, [])
-
-    @rule(target=containers, net=networks, ports=PORTS)
-    def publish(self, net: Net, ports: Sequence[Port]) -> MultipleResults[Box]:
-        return self.run_box(net, ports)
-
-    def run_box(self, net: Net, ports: Sequence[Port]) -> MultipleResults[Box]:
-        box = Box(f"box{self.world.number()}", ports)
+    def run_container(self, draw: Draw) -> None:
+        net = draw(st.sampled_from(self.nets))
+        box = Box(f"box{self.world.number()}", draw(PORTS), {net})
         bindings: dict[str, list[dict[str, str]]] = {}
-        for port in ports:
+        for port in box.ports:
             bindings.setdefault(port.inside, []).append({"HostIp": port.address, "HostPort": port.host})
         content = {
             "Image": "busybox",
@@ -628,27 +694,25 @@ class Sequences(RuleBasedStateMachine):
             },
         }
         self.docker.call("POST", f"/containers/create?name={box.name}", content)
-        box.networks.add(net)
         self.boxes.append(box)
-        if not self.start(box):
-            self.remove(box)
-            return multiple()
-        return multiple(box)
+        ports = "".join(f" -p {port}" for port in box.ports)
+        if not self.start(box, f"run {box.name} on {net.name}{ports}", "start"):
+            self.drop(box)
 
-    def start(self, box: Box, path: str = "start") -> bool:
+    def start(self, box: Box, step: str, path: str) -> bool:
         """Whether it runs then. Where it does not, that is for a port that is taken, or a network that is gone."""
         taken = [port for port in box.ports if self.taken(port)]
         said = self.docker.refusal("POST", f"/containers/{box.name}/{path}")
+        self.told(step, said)
         self.look(box)
         assert box.running == (said == "")
         if not said:
-            nets = list(box.networks)
-            if len(nets) == 1 and nets[0].options.nat and not nets[0].options.driver.get("bridge.host_binding_ipv4"):
+            (net, *others) = box.networks or [None]
+            if net is not None and not others and net.options.nat and not net.options.binding:
                 assert not [port for port in taken if port.address in ("", "0.0.0.0")], "a port of somebody else's"
             return True
-        event("cannot start")
         if any(net not in self.nets for net in box.networks):
-            assert re.search("network .* not found", said)
+            assert re.search("network .* not found|could not find a network", said)
         else:
             assert taken
             assert TAKEN.search(said)
@@ -673,101 +737,115 @@ class Sequences(RuleBasedStateMachine):
         networks = shown["NetworkSettings"]["Networks"]
         box.endpoints = {name: seen for name, seen in networks.items() if seen["EndpointID"]} if box.running else {}
 
-    @rule(box=consumes(containers))
-    def remove(self, box: Box) -> None:
+    def do(self, box: Box, what: str) -> None:
+        self.docker.call("POST", f"/containers/{box.name}/{what}")
+        self.told(f"{what.partition('?')[0]} {box.name}")
+        self.look(box)
+
+    def remove_container(self, draw: Draw) -> None:
+        self.drop(draw(st.sampled_from(self.boxes)))
+
+    def drop(self, box: Box) -> None:
         self.docker.call("DELETE", f"/containers/{box.name}?force=1")
+        self.told(f"remove {box.name}")
         self.boxes.remove(box)
 
-    @rule(box=containers)
-    def kill_container(self, box: Box) -> None:
-        said = self.docker.refusal("POST", f"/containers/{box.name}/kill")
-        assert bool(said) != box.running
-        self.look(box)
-
-    @rule(box=containers)
-    def start_container(self, box: Box) -> None:
-        if box.state == "paused":
-            self.docker.call("POST", f"/containers/{box.name}/unpause")
-            self.look(box)
-        elif box.state == "running":
-            self.docker.call("POST", f"/containers/{box.name}/pause")
-            self.look(box)
-        else:
-            self.start(box)
-
-    @rule(box=containers)
-    def restart_container(self, box: Box) -> None:
-        if box.state == "paused":  # which engines may refuse
-            self.docker.call("POST", f"/containers/{box.name}/unpause")
+    def kill_container(self, draw: Draw) -> None:
+        box = draw(st.sampled_from(self.boxes))
         if box.running:
-            self.docker.call("POST", f"/containers/{box.name}/stop?t=0")
-        self.start(box, "restart?t=0")
+            self.do(box, "kill")
 
-    @rule(box=containers, net=networks)
-    def connect(self, box: Box, net: Net) -> None:
+    def start_container(self, draw: Draw) -> None:
+        box = draw(st.sampled_from([box for box in self.boxes if not box.running]))
+        self.start(box, f"start {box.name}", "start")
+
+    def pause_container(self, draw: Draw) -> None:
+        box = draw(st.sampled_from(self.boxes))
+        if box.running:
+            self.do(box, "unpause" if box.state == "paused" else "pause")
+
+    def restart_container(self, draw: Draw) -> None:
+        box = draw(st.sampled_from(self.boxes))
+        if box.state == "paused":  # which engines may refuse
+            self.do(box, "unpause")
+        if box.running:
+            self.do(box, "stop?t=0")  # its own ports are not to count as taken
+        self.start(box, f"restart {box.name}", "restart?t=0")
+
+    def connect(self, draw: Draw) -> None:
+        pairs = [(box, net) for box in self.boxes for net in self.nets if net not in box.networks]
+        box, net = draw(st.sampled_from(pairs))
         taken = [port for port in box.ports if self.taken(port)]
         said = self.docker.refusal("POST", f"/networks/{net.name}/connect", {"Container": box.name})
+        self.told(f"connect {box.name} to {net.name}", said)
         self.look(box)
-        if net in box.networks:
-            assert not box.running or "already exists" in said
-        elif said:
-            event("cannot connect")
-            assert taken
-            assert TAKEN.search(said)
-        else:
+        if not said:
             box.networks.add(net)
+            return
+        assert taken
+        assert TAKEN.search(said)
+        # To the engine it is now half connected, with Docker's own bridge too: nothing to go on with.
+        self.drop(box)
 
-    @rule(box=containers, net=networks, force=st.booleans())
-    def disconnect(self, box: Box, net: Net, force: bool) -> None:
-        content = {"Container": box.name, "Force": force}
-        said = self.docker.refusal("POST", f"/networks/{net.name}/disconnect", content)
-        assert bool(said) == (net not in box.networks)
-        box.networks.discard(net)
-        self.look(box)
+    def disconnect(self, draw: Draw) -> None:
+        box = draw(st.sampled_from(self.boxes))
+        if nets := [net for net in self.nets if net in box.networks]:
+            net = draw(st.sampled_from(nets))
+            content = {"Container": box.name, "Force": draw(st.booleans())}
+            self.docker.call("POST", f"/networks/{net.name}/disconnect", content)
+            self.told(f"disconnect {box.name} from {net.name}")
+            box.networks.remove(net)
+            self.look(box)
 
-    # ------------------------------------------------------------------------------------------------ and others
+    # ----------------------------------------------------------------------------------------------- and others
 
-    @rule(how=st.sampled_from(["SIGTERM", "SIGKILL", "relay"]))
-    def end_plugin(self, how: str) -> None:
+    def end_plugin(self, draw: Draw) -> None:
+        how = draw(st.sampled_from(["SIGTERM", "SIGKILL", "relay"]))
+        self.told(f"end_{how}")
         if how == "relay":
             self.world.kill_relay()
         else:
             self.world.stop_plugin(signal.Signals[how])
             self.world.start_plugin()
 
-    @rule(one=containers, other=containers)
-    def neighbours(self, one: Box, other: Box) -> None:
-        """They reach each other, where they have a network in common."""
-        if one is other or one.state != "running" or other.state != "running":
-            return
-        for net in one.networks & other.networks:
-            if net.options.driver.get("bridge.enable_icc", "true") in ("true", "1"):
-                event("asked a neighbour")
-                address = other.endpoints[net.name]["IPAddress"]
+    def common(self, one: Box, other: Box) -> list[Net]:
+        """Networks on which they must reach each other."""
+        if one is other or not one.state == other.state == "running":
+            return []
+        icc = "bridge.enable_icc"
+        return [net for net in one.networks & other.networks if net.options.driver.get(icc, "1") in ("true", "1")]
+
+    def neighbours(self, draw: Draw) -> None:
+        """They reach each other on the networks that they have in common."""
+        pairs = [(one, other) for one in self.boxes for other in self.boxes if self.common(one, other)]
+        one, other = draw(st.sampled_from(pairs))
+        for net in self.common(one, other):
+            self.told(f"ask {other.name} from {one.name} on {net.name}")
+            seen = other.endpoints[net.name]
+            for address in filter(None, (seen["IPAddress"], seen["GlobalIPv6Address"])):
                 failed = self.world.answers(self.world.namespace(one.pid), address, 80)
                 assert not failed, f"{other.name} does not answer {one.name}: {failed}"
 
-    @rule(box=containers)
-    def published(self, box: Box) -> None:
+    def published(self, draw: Draw) -> None:
         """Who is on the host, or outside of it, gets to a published port."""
+        box = draw(st.sampled_from(self.boxes))
         if box.state != "running" or len(box.networks) != 1:
             return
         (net,) = box.networks
         for port in box.ports:
             if port.inside != "80/tcp" or not port.host.isdecimal() or not net.options.nat:
                 continue
-            binding = port.address or net.options.driver.get("bridge.host_binding_ipv4", "0.0.0.0")
+            binding = port.address or net.options.binding or "0.0.0.0"
             if binding in ("0.0.0.0", ENGINE_ADDRESS, "127.0.0.1"):
                 if net.options.driver.get("bridge.inhibit_ipv4") in ("true", "1"):
                     continue  # the host has no way to the container
-                event("asked a published port")
                 where = HOST if binding == "127.0.0.1" else OUTSIDE
+                self.told(f"ask_{where} for {port} of {box.name}")
                 address = ENGINE_ADDRESS if where == OUTSIDE else binding
                 failed = self.world.answers(where, address, int(port.host))
                 assert not failed, f"{port} of {box.name} does not answer {where}: {failed}"
 
-    @invariant()
-    def interfaces(self) -> None:
+    def check_interfaces(self) -> None:
         """Those of networks and of running containers, and no others."""
         bridges = {net.bridge for net in self.nets}
         ends = {f"ve-{seen['EndpointID'][:12]}" for box in self.boxes for seen in box.endpoints.values()}
@@ -808,6 +886,8 @@ def play(machine: Callable[[World], Sequences], world: World, sequences: int, st
     )
     run_state_machine_as_test(lambda: machine(world), settings=chosen)  # type: ignore[no-untyped-call]
     assert world.sequences >= sequences
+    for key, spent in SPENT.most_common(): print(f"{spent:7.2f} {TIMES[key]:6} {spent/TIMES[key]*1000:6.1f} {key}")
+    print(f"{world.sequences} sequences: {', '.join(f'{what} {times}' for what, times in world.events.items())}")
 
 
 def test_two_hundred_sequences(world: World) -> None:

@@ -275,8 +275,11 @@ def test_tables_of_others_of_every_kind_are_read() -> None:
 
 
 @pytest.mark.usefixtures("lively")
-@pytest.mark.parametrize("old", [False, True])
-@iptables_only
+@pytest.mark.parametrize(
+    ("backend", "old"),
+    [("iptables-nft", False), ("iptables-nft", True), ("iptables-legacy", True)],
+    indirect=["backend"],
+)
 def test_an_engine_that_starts_later(backend: str, old: bool) -> None:
     firewall.ensure(FULL)
     docker_starts(old=old)
@@ -292,8 +295,11 @@ def test_an_engine_that_starts_later(backend: str, old: bool) -> None:
 
 
 @pytest.mark.usefixtures("lively", "backend")
-@pytest.mark.parametrize("old", [False, True])
-@iptables_only
+@pytest.mark.parametrize(
+    ("backend", "old"),
+    [("iptables-nft", False), ("iptables-nft", True), ("iptables-legacy", True)],
+    indirect=["backend"],
+)
 def test_our_jump_stands_behind_the_users_rules(old: bool) -> None:
     docker_starts(old=old)
     run("iptables", "-I", "DOCKER-USER", "-s", "192.0.2.66", "-j", "DROP")
@@ -314,7 +320,7 @@ def test_our_jump_stands_behind_the_users_rules(old: bool) -> None:
 
 def settle_repairs() -> None:
     """Wait until what has changed before has been looked at; with `lively`."""
-    time.sleep(0.2)
+    time.sleep(0.13)
     firewall.settle()
 
 
@@ -526,7 +532,7 @@ def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
             firewall.ensure(policy(f"br-{number}", icc=turn % 2 == 0))
         firewall.delete("br-1")
     firewall.settle()
-    time.sleep(0.15)
+    time.sleep(0.1)
     assert not looks
     run("nft", "add", "table", "ip", "mine")
     until(lambda: bool(looks))

@@ -311,6 +311,12 @@ class Lab:
         done = self.try_host("ip", "-json", "-details", "address", "show", device, where=where)
         return json.loads(done.stdout)[0] if done.returncode == 0 else None
 
+    def gone(self, device: str) -> bool:
+        """Whether there is none such, within a second: a driver may remove it after its answer."""
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: self.link(device) is None, 1)
+        return self.link(device) is None
+
     def ports_of(self, network: str = "net", bridge: str = "") -> list[str]:
         """The devices on the network's bridge."""
         shown = self.host("ip", "-brief", "link", "show", "master", bridge or self.bridge(network))

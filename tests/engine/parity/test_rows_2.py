@@ -1227,7 +1227,7 @@ def test_p26_rm(lab: Lab) -> Facts:
     lab.docker("network", "disconnect", "--force", "net", "one")
     lab.docker("network", "rm", "net")
     facts["after disconnect -f"] = networks()
-    facts["bridge is gone"] = lab.link(bridge) is None
+    facts["bridge is gone"] = lab.gone(bridge)
     lab.run("two", network="spare")
     lab.docker("stop", "two")
     lab.docker("network", "prune", "--force")
