@@ -28,7 +28,7 @@ from difflib import unified_diff
 from pathlib import Path
 from random import Random
 from threading import Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -507,6 +507,9 @@ class Draw(Protocol):
     def __call__(self, strategy: st.SearchStrategy[T]) -> T: ...
 
 
+Action: TypeAlias = Callable[[Draw], None]
+
+
 @dataclass(eq=False)
 class Net:
     """A network that is there."""
@@ -535,6 +538,10 @@ class Box:
     pid: int = 0
     endpoints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Name of a network → what inspect shows."""
+
+    def __str__(self) -> str:
+        ports = "".join(f" -p {port}" for port in self.ports)
+        return f"{self.name} on {', '.join(net.name for net in self.networks)}{ports}"
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(self.name)
@@ -592,7 +599,7 @@ class Sequences(RuleBasedStateMachine):
             action(data.draw)
             self.check_interfaces()
 
-    def actions(self) -> Iterator[tuple[int, Callable[[Draw], None]]]:
+    def actions(self) -> Iterator[tuple[int, Action]]:
         """What can be done now, and how often to choose it."""
         yield 1, self.invalid_network
         yield 1, self.end_plugin
@@ -619,8 +626,8 @@ class Sequences(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------ networks
 
-    def create(self, options: NetworkOptions) -> str:
-        """Why it cannot be created, where it cannot."""
+    def request(self, options: NetworkOptions) -> tuple[str, Mapping[str, Any]]:
+        """Name of a new network, and what to ask the engine for."""
         number = self.world.number()
         high, low = 100 + number // 250 % 100, number % 250
         pools = [{"Subnet": f"10.{high}.{low}.0/24"}]
@@ -632,7 +639,7 @@ class Sequences(RuleBasedStateMachine):
         if options.bridge:
             given["com.docker.network.bridge.name"] = options.bridge
         name = f"net{number}"
-        content = {
+        return name, {
             "Name": name,
             "Driver": "myplugin",
             "Internal": options.internal,
@@ -640,6 +647,10 @@ class Sequences(RuleBasedStateMachine):
             "IPAM": {"Config": pools},
             "Options": given,
         }
+
+    def create(self, options: NetworkOptions) -> str:
+        """Why it cannot be created, where it cannot."""
+        name, content = self.request(options)
         try:
             id_ = self.docker.call("POST", "/networks/create", content)["Id"]
         except EngineError as error:
@@ -676,6 +687,11 @@ class Sequences(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------------------- containers
 
     def run_container(self, draw: Draw) -> None:
+        box = self.create_box(draw)
+        if not self.start(box, f"run {box}", "start"):
+            self.drop(box)
+
+    def create_box(self, draw: Draw) -> Box:
         net = draw(st.sampled_from(self.nets))
         box = Box(f"box{self.world.number()}", draw(PORTS), {net})
         bindings: dict[str, list[dict[str, str]]] = {}
@@ -695,9 +711,7 @@ class Sequences(RuleBasedStateMachine):
         }
         self.docker.call("POST", f"/containers/create?name={box.name}", content)
         self.boxes.append(box)
-        ports = "".join(f" -p {port}" for port in box.ports)
-        if not self.start(box, f"run {box.name} on {net.name}{ports}", "start"):
-            self.drop(box)
+        return box
 
     def start(self, box: Box, step: str, path: str) -> bool:
         """Whether it runs then. Where it does not, that is for a port that is taken, or a network that is gone."""
@@ -859,6 +873,116 @@ class Sequences(RuleBasedStateMachine):
                 assert set(box.endpoints) == {net.name for net in box.networks}
 
 
+class Crashes(Sequences):
+    """The plugin is killed while it does something: the engine asks once more a second later, or gives up."""
+
+    def actions(self) -> Iterator[tuple[int, Action]]:
+        yield from super().actions()
+        yield 2, self.crash_create
+        if self.nets:
+            yield 1, self.crash_remove_network
+            yield 3, self.crash_start
+        if any(box.running for box in self.boxes):
+            yield 6, self.crash_container
+        if any(net not in box.networks for box in self.boxes for net in self.nets):
+            yield 2, self.crash_connect
+
+    def crash(self, draw: Draw, work: Callable[[Docker], T]) -> T | EngineError:
+        """Do it with the plugin killed meanwhile."""
+
+        def do() -> T | EngineError:
+            with contextlib.closing(self.world.connection()) as docker:
+                try:
+                    return work(docker)
+                except EngineError as error:
+                    return error
+
+        moment = draw(st.integers(0, 60)) / 1000
+        with ThreadPoolExecutor(1) as user:
+            done = user.submit(do)
+            time.sleep(moment)
+            self.world.stop_plugin(signal.SIGKILL)
+            self.world.start_plugin()
+            result = done.result()
+        self.told(f"... and killed the plugin after {moment} s: {result}")
+        return result
+
+    def crash_create(self, draw: Draw) -> None:
+        options = draw(network_options())
+        if not any(net.bridge == options.bridge for net in self.nets):
+            name, content = self.request(options)
+            self.told(f"crash_create {name} {options}")
+            answer = self.crash(draw, lambda docker: docker.call("POST", "/networks/create", content))
+            if not isinstance(answer, EngineError):
+                self.nets.append(Net(name, answer["Id"], options))
+
+    def crash_remove_network(self, draw: Draw) -> None:
+        net = draw(st.sampled_from(self.nets))
+        if not any(net in box.networks for box in self.boxes):
+            self.told(f"crash_remove_network {net.name}")
+            said = self.crash(draw, lambda docker: docker.refusal("DELETE", f"/networks/{net.name}"))
+            assert said == "" or self.docker.refusal("DELETE", f"/networks/{net.name}") == ""
+            self.nets.remove(net)
+
+    def crash_start(self, draw: Draw) -> None:
+        box = self.create_box(draw)
+        self.told(f"crash_start {box}")
+        self.crash(draw, lambda docker: docker.refusal("POST", f"/containers/{box.name}/start"))
+        self.look(box)
+        if not box.running:
+            self.drop(box)
+
+    def crash_container(self, draw: Draw) -> None:
+        box = draw(st.sampled_from([box for box in self.boxes if box.running]))
+        what = draw(st.sampled_from(["kill", "restart?t=0", "disconnect", "remove"]))
+        self.told(f"crash_{what} {box.name}")
+        if what == "remove":
+            self.crash(draw, lambda docker: docker.refusal("DELETE", f"/containers/{box.name}?force=1"))
+        elif what != "disconnect":
+            self.crash(draw, lambda docker: docker.refusal("POST", f"/containers/{box.name}/{what}"))
+        elif box.networks:
+            net = draw(st.sampled_from(sorted(box.networks, key=lambda net: net.name)))
+            content = {"Container": box.name}
+            self.crash(draw, lambda docker: docker.refusal("POST", f"/networks/{net.name}/disconnect", content))
+        self.give_up(box)
+
+    def crash_connect(self, draw: Draw) -> None:
+        pairs = [(box, net) for box in self.boxes for net in self.nets if net not in box.networks]
+        box, net = draw(st.sampled_from(pairs))
+        self.told(f"crash_connect {box.name} to {net.name}")
+        content = {"Container": box.name}
+        if self.crash(draw, lambda docker: docker.refusal("POST", f"/networks/{net.name}/connect", content)):
+            self.give_up(box)
+        else:
+            box.networks.add(net)
+            self.look(box)
+
+    def give_up(self, box: Box) -> None:
+        """Remove it, which may have been done already."""
+        said = self.docker.refusal("DELETE", f"/containers/{box.name}?force=1")
+        self.told(f"remove {box.name}", said)
+        assert said == "" or "No such container" in said
+        self.boxes.remove(box)
+
+
+class EngineRestarts(Sequences):
+    """The engine is restarted, too."""
+
+    def actions(self) -> Iterator[tuple[int, Action]]:
+        yield from super().actions()
+        if self.boxes:
+            yield 8, self.restart_engine
+
+    def restart_engine(self, draw: Draw) -> None:
+        how = draw(st.sampled_from(["stop", "kill"]))
+        self.told(f"engine_{how}")
+        self.docker.close()
+        getattr(self.world.engine, how)()
+        self.world.engine.start()
+        for box in self.boxes:
+            self.look(box)
+
+
 # ----------------------------------------------------------------------------------------------------------- tests
 
 
@@ -893,3 +1017,11 @@ def play(machine: Callable[[World], Sequences], world: World, sequences: int, st
 def test_two_hundred_sequences(world: World) -> None:
     sequences = int(os.environ.get("NETPLUGIN_SEQUENCES") or SEQUENCES.get(world.engine.version, OF_OTHERS))
     play(Sequences, world, sequences, STEPS)
+
+
+def test_the_plugin_is_killed_while_it_works(world: World) -> None:
+    play(Crashes, world, int(os.environ.get("NETPLUGIN_SEQUENCES", 200)) // 10, STEPS)
+
+
+def test_the_engine_is_restarted(world: World) -> None:
+    play(EngineRestarts, world, int(os.environ.get("NETPLUGIN_SEQUENCES", 200)) // 40, STEPS)

@@ -49,14 +49,15 @@ def snapshot() -> tuple[list[str], dict[str, int]]:
     own = {os.getpid(), *(process.pid for process in running.values())}
     processes, plugin = list_processes(own)
     said = {what: process.communicate()[0] for what, process in running.items()}
-    found = sorted((*links(said.pop("link")), *processes, *sockets(), *sysctls(), *state()))
+    found = [*links(said.pop("link")), *processes, *sockets(), *sysctls(), *state()]
+    ordered = []  # of rules it matters
     for what, text in said.items():
         table = ""
         for line in text.splitlines():
             table = f" {line[1:]}" if line.startswith("*") else table
             if kept := plain(what, line.strip()):
-                found.append(f"{what}{table} {kept}")
-    return found, plugin
+                (ordered if table else found).append(f"{what}{table} {kept}")
+    return sorted(found) + ordered, plugin
 
 
 def links(text: str) -> Iterator[str]:
