@@ -50,7 +50,7 @@ def snapshot() -> tuple[list[str], dict[str, int]]:
     processes, plugin = list_processes(own)
     said = {what: process.communicate()[0] for what, process in running.items()}
     found = [*links(said.pop("link")), *processes, *sockets(), *sysctls(), *state()]
-    ordered = []  # of rules it matters
+    ordered: list[str] = []  # of rules it matters
     for what, text in said.items():
         table = ""
         for line in text.splitlines():
