@@ -2,7 +2,7 @@
 # make test   every check and every test, real engines included
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
-# make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md
+# make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
 ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
@@ -17,10 +17,15 @@ demo: .venv/.run
 	@$(BIN)/python examples/demo.py --engine $(ENGINE)
 
 # Engines side by side: their tests wait more than they work. Not what looks whether this machine is as it was.
+ENGINES := 20.10 26.1 28.5
 ALONE := tests/engine/test_demo.py
 test: lint
 	$(BIN)/python -m pytest tests/unit tests/wire tests/kernel $(ALONE) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/engine $(ALONE:%=--ignore %) --numprocesses 3 --dist loadgroup $(PYTEST_ARGS)
+	@echo "engines $(ENGINES), side by side: about 10 minutes; what they say comes at the end of each"
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync $(ENGINES:%=test-engine-%)
+
+test-engine-%: .venv/.dev
+	$(BIN)/python -m pytest tests/engine --ignore $(ALONE) --engine $* $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -36,7 +41,7 @@ bench-engine: .venv/.dev
 	$(BIN)/python benchmarks/engine.py --engine $(ENGINE) --json build/engine-$(ENGINE).json --svg docs/engine-benchmark.svg
 
 parity: .venv/.dev
-	$(BIN)/python -m pytest tests/engine/parity --parity-table --numprocesses 3 --dist loadgroup
+	$(BIN)/python -m pytest tests/engine/parity --parity-table
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

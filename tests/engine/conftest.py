@@ -21,15 +21,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             return
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (pytest-xdist), one has all tests of an engine, so that it is started once."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        params = callspec.params if callspec else {}
-        item.add_marker(pytest.mark.xdist_group(str(params.get("engine", params.get("version", "none")))))
-
-
 @pytest.fixture(scope="session")
 def version(request: pytest.FixtureRequest) -> str:
     """The version of an engine that can be had here."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from netplugin_sdk.testing.engine import VERSIONS, PrivateEngine
 
-from .lab import ROWS, Agent, Both, Facts, Lab, Outcome
+from .lab import ROWS, Agent, Both, Outcome
 
 TABLE = Path(__file__).parents[3] / "docs" / "parity.md"
 OUTCOMES = pytest.StashKey[list[Outcome]]()
@@ -62,22 +58,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     outcomes = session.config.stash.get(OUTCOMES, [])
-    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes
-        plain = [replace(outcome, row=replace(outcome.row, function=_ran)) for outcome in outcomes]
-        output["parity"] = base64.b64encode(pickle.dumps(plain)).decode()
-    elif session.config.getoption("--parity-table", default=False) and outcomes:
+    if session.config.getoption("--parity-table", default=False) and outcomes:
         TABLE.write_text(table(outcomes))
-
-
-def _ran(_: Lab) -> Facts:
-    raise AssertionError("it ran in another process")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """A process has ended: what it found."""
-    if found := getattr(node, "workeroutput", {}).get("parity"):
-        node.config.stash[OUTCOMES].extend(pickle.loads(base64.b64decode(found)))
 
 
 def table(outcomes: list[Outcome]) -> str:
