@@ -837,6 +837,7 @@ def serve(
     with (
         Plugin(*drivers, state=STATE_FOLDER / name if state is None else state) as plugin,
         Server(plugin, limits) as server,
+        _signals_stop(server),  # before anybody can see that it listens
     ):
         if server.listen_systemd(tls=tls, plain=plain_tcp):
             where = "the sockets of systemd"
@@ -847,10 +848,9 @@ def serve(
             path = PLUGIN_FOLDER / f"{name}.sock" if socket_path is None else Path(socket_path)
             server.listen_unix(path, mode=socket_mode, owner=socket_owner, group=socket_group)
             where = str(path)
-        with _signals_stop(server):
-            _notify_systemd("READY=1")
-            _log.info("%s serves %s on %s", name, " and ".join(type(driver).__name__ for driver in drivers), where)
-            server.run()
+        _notify_systemd("READY=1")
+        _log.info("%s serves %s on %s", name, " and ".join(type(driver).__name__ for driver in drivers), where)
+        server.run()
     _log.info("%s stopped", name)
 
 

@@ -86,6 +86,7 @@ def plain(what: str, line: str) -> str:
 
 def list_processes(own: set[int]) -> tuple[list[str], dict[str, int]]:
     found, plugin = [], {"processes": 0, "relays": 0, "descriptors": 0, "threads": 0}
+    plugins: dict[str, str] = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if not entry.name.isdecimal() or int(entry.name) in own:
@@ -96,13 +97,15 @@ def list_processes(own: set[int]) -> tuple[list[str], dict[str, int]]:
             if status[0] == "Z":
                 found.append(f"process {name} defunct")
             elif words[1:3] == ["-m", "myplugin"]:
-                plugin["processes"] += 1
-                plugin["descriptors"] = len(list((entry / "fd").iterdir()))
-                plugin["threads"] = len(list((entry / "task").iterdir()))
+                plugins[entry.name] = status[1]
+                plugin["descriptors"] = max(plugin["descriptors"], len(list((entry / "fd").iterdir())))
+                plugin["threads"] = max(plugin["threads"], len(list((entry / "task").iterdir())))
             elif len(words) > 3 and words[3].endswith("/linux/relay.py"):
                 plugin["relays"] += 1
             else:
                 found.append(f"process {' '.join(words)[:200]!r}")
+    # Not what is about to become another program.
+    plugin["processes"] = sum(parent not in plugins for parent in plugins.values())
     return found, plugin
 
 
