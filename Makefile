@@ -17,7 +17,7 @@ help:
 demo: .venv/.run
 	@$(BIN)/python examples/demo.py --engine $(ENGINE)
 
-# Engines side by side: their tests wait more than they work. Not what looks whether this machine is as it was.
+#: Engines side by side: their tests wait more than they work. Not what looks whether this machine is as it was.
 ENGINES := 20.10 26.1 28.5
 ALONE := tests/engine/test_demo.py
 SEQUENCES := tests/engine/test_sequences.py
