@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import fcntl
 import re
-import subprocess
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -36,6 +35,7 @@ from typing import Literal, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import together
+from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Place, Policy, Rule, Verdict, rules
 
 _Table: TypeAlias = Literal["filter", "nat"]
@@ -94,9 +94,9 @@ class Lines:
     def of(cls, policy: Policy, version: int) -> Lines:
         """What a policy asks for."""
         lines, chain = cls(), f"{_OURS}-{policy.bridge}"
-        lines.first.append(f"-o {policy.bridge} {_mark(_name(policy, ''))} -j {chain}")
+        lines.first.append(f"-o {policy.bridge} {_mark(policy.comment())} -j {chain}")
         for rule in rules(policy, version):
-            text = _line(rule, _mark(_name(policy, rule.endpoint)), version)
+            text = _line(rule, _mark(policy.comment(rule.endpoint)), version)
             match rule.place:
                 case Place.INTO:
                     lines.into.append(text)
@@ -131,11 +131,6 @@ class Lines:
             if table == "filter" and chain.startswith(prefix):
                 found.setdefault(chain.removeprefix(prefix), Lines()).into = held
         return found
-
-
-def _name(policy: Policy, endpoint: str) -> str:
-    network = f" network {policy.network}" if policy.network else ""
-    return policy.bridge + network + (f" endpoint {endpoint}" if endpoint else "")
 
 
 def _line(rule: Rule, mark: str, version: int) -> str:
@@ -418,21 +413,8 @@ class _Family:
 
 
 def _run(pids: deque[int], *argv: str, stdin: str = "") -> str:
-    try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="surrogateescape",  # comments of other rules may hold any bytes
-        )
-    except FileNotFoundError as error:
-        raise Unavailable(f"firewall: no {argv[0]} here: install the package iptables") from error
-    with process:
-        pids.append(process.pid)
-        output, errors = process.communicate(stdin)
-    if process.returncode:
+    status, output, errors = run(pids, "iptables", *argv, stdin=stdin)
+    if status:
         said = " ".join(line for line in errors.splitlines() if not line.startswith("Try `"))
-        raise FirewallError(f"firewall: {said or f'{argv[0]}: status {process.returncode}'}")
+        raise FirewallError(f"firewall: {said or f'{argv[0]}: status {status}'}")
     return output

@@ -17,12 +17,12 @@ A change replaces the table, in one transaction. The text is as ``nft list`` pri
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import deque
 from collections.abc import Mapping
 from ipaddress import IPv6Address
 
 from netplugin_sdk.errors import Unavailable
+from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Place, Policy, Rule, Verdict, rules
 
 _PREFIX = "netplugin-"
@@ -150,9 +150,7 @@ def _line(rule: Rule, policy: Policy, version: int) -> str:
         parts.append("ct status dnat")
     if not (rule.source or rule.not_source or rule.destination or rule.icmp):  # these imply the version
         parts.insert(0, f"meta nfproto ipv{version}")
-    network = f" network {policy.network}" if policy.network else ""
-    endpoint = f" endpoint {rule.endpoint}" if rule.endpoint else ""
-    return " ".join((*parts, _verdict(rule, ip), f'comment "netplugin_sdk:{policy.bridge}{network}{endpoint}"'))
+    return " ".join((*parts, _verdict(rule, ip), f'comment "netplugin_sdk:{policy.comment(rule.endpoint)}"'))
 
 
 def _verdict(rule: Rule, ip: str) -> str:
@@ -170,22 +168,9 @@ def _verdict(rule: Rule, ip: str) -> str:
 
 
 def _run(pids: deque[int], *arguments: str, stdin: str = "") -> str:
-    try:
-        process = subprocess.Popen(
-            ["nft", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="surrogateescape",  # comments of other rules may hold any bytes
-        )
-    except FileNotFoundError as error:
-        raise Unavailable("firewall: no nft here: install the package nftables") from error
-    with process:
-        pids.append(process.pid)
-        output, errors = process.communicate(stdin)
-    if process.returncode:
+    status, output, errors = run(pids, "nftables", "nft", *arguments, stdin=stdin)
+    if status:
         # It repeats each line with marks below.
         said = "; ".join(line.partition("Error: ")[2] for line in errors.splitlines() if "Error: " in line) or errors
-        raise FirewallError(f"firewall: {said.strip() or f'nft: status {process.returncode}'}")
+        raise FirewallError(f"firewall: {said.strip() or f'nft: status {status}'}")
     return output

@@ -98,6 +98,11 @@ class Policy:
         """The IP versions that it concerns."""
         return tuple(sorted({net.version for net in self.subnets})) or (4, 6)
 
+    def comment(self, endpoint: str = "") -> str:
+        """What names this bridge, its network and an endpoint in the comment of a rule."""
+        network = f" network {self.network}" if self.network else ""
+        return self.bridge + network + (f" endpoint {endpoint}" if endpoint else "")
+
     def mode(self, version: int) -> Mode:
         """`mode4` or `mode6`."""
         return self.mode4 if version == 4 else self.mode6
