@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py [operations] [burst] [scale] [data] [--engine 26.1] [--json FILE] [--svg FILE]
 
-- operations: what each of eight operations takes.
+- operations: what each of nine operations takes.
 - burst: 1, 10 and 100 containers started at once, then removed at once.
 - scale: what operations take when 1, 50, 100 and 200 networks with two containers each exist, of one driver at a time.
 - data: throughput (iperf3) and TCP round trip, container to container, outwards, and inwards by a published port.
@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import math
 import os
 import platform
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -39,6 +37,7 @@ from typing import Any
 
 from _chart import Box, Drawing, Group, figure
 
+from netplugin_sdk import DriverError
 from netplugin_sdk.testing.engine import (
     ENGINE_ADDRESS,
     OUTSIDE_ADDRESS,
@@ -154,33 +153,13 @@ class Report:
 # ------------------------------------------------------------------------------------------------------- the engine
 
 
-class Docker(http.client.HTTPConnection):
+class Timed:
     """The engine's API on one connection. What is timed returns milliseconds."""
 
-    def __init__(self, socket_path: Path) -> None:
-        super().__init__("docker", timeout=180)
-        self._path = str(socket_path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-    def call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
-        """The answer; raises `EngineError` with what the engine says where it refuses."""
-        body = None if content is None else json.dumps(content).encode()
-        try:
-            self.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
-            response = self.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise EngineError(f"{method} {path}: {error or type(error).__name__}") from error
-        decoded = json.loads(answer) if answer.lstrip()[:1] in (b"{", b"[") else None
-        if response.status >= 400:
-            said = decoded["message"] if isinstance(decoded, dict) else answer.decode(errors="replace")
-            raise EngineError(f"{method} {path}: {said}")
-        return decoded
+    def __init__(self, engine: PrivateEngine) -> None:
+        self._docker = engine.api(timeout=180)
+        self.call = self._docker.call
+        self.close = self._docker.close
 
     def timed(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> float:
         started = time.perf_counter()
@@ -235,13 +214,13 @@ class Bench:
     """One engine with the plugin beside it, and how much to do."""
 
     engine: PrivateEngine
-    docker: Docker
+    docker: Timed
     drivers: Mapping[str, str]  # contestant → driver
     report: Report
     options: argparse.Namespace
     say: Callable[[str], None]
     publishes: Mapping[str, bool] = field(default_factory=dict)  # contestant → whether a published port is reached
-    _pool: list[Docker] = field(default_factory=list)
+    _pool: list[Timed] = field(default_factory=list)
 
     @property
     def run_folder(self) -> Path:
@@ -256,17 +235,17 @@ class Bench:
                 yield contestant
                 time.sleep(SETTLE)
 
-    def at_once(self, work: Sequence[Callable[[Docker], object]], workers: int | None = None) -> float:
+    def at_once(self, work: Sequence[Callable[[Timed], object]], workers: int | None = None) -> float:
         """Do all of it, each in a thread with a connection of its own, or by so many workers; milliseconds."""
         workers = min(workers or len(work), len(work))
         while len(self._pool) < workers:
-            self._pool.append(Docker(self.run_folder / "docker.sock"))
-            self._pool[-1].connect()
+            self._pool.append(Timed(self.engine))
+            self._pool[-1].call("GET", "/_ping")
         shared, begin = iter(work), threading.Barrier(workers + 1)
-        errors: list[EngineError] = []
+        errors: list[DriverError] = []
         lock = threading.Lock()
 
-        def worker(docker: Docker) -> None:
+        def worker(docker: Timed) -> None:
             begin.wait()
             while not errors:
                 with lock:
@@ -275,7 +254,7 @@ class Bench:
                     return
                 try:
                     item(docker)
-                except EngineError as error:
+                except DriverError as error:
                     errors.append(error)
 
         # Daemons, so that Ctrl-C does not wait for answers.
@@ -314,6 +293,7 @@ class Bench:
 OPERATIONS = (
     "network create",
     "network rm",
+    "network rm, create",
     "network connect",
     "network disconnect",
     "container start",
@@ -341,12 +321,19 @@ def operations(bench: Bench) -> None:
     docker.remove_all()
 
 
-def one_of_each(docker: Docker, contestant: str, driver: str) -> dict[str, float]:
+def one_of_each(docker: Timed, contestant: str, driver: str) -> dict[str, float]:
     base, idle = f"base-{contestant}", f"idle-{contestant}"
     times = {"network create": docker.create_network("bench", driver)}
     times["network connect"] = docker.connect_container("bench", idle)
     times["network disconnect"] = docker.disconnect_container("bench", idle)
     times["network rm"] = docker.remove_network("bench")
+    time.sleep(SETTLE)
+    docker.create_network("bench", driver)
+    time.sleep(SETTLE)
+    # One right after the other, since a driver may leave something of the one to the other.
+    times["network rm, create"] = docker.remove_network("bench") + docker.create_network("bench", driver)
+    docker.remove_network("bench")
+    time.sleep(SETTLE)
     docker.create_container("plain", base)
     docker.create_container("published", base, {80: PORT})
     times["container start"] = docker.start("plain")
@@ -380,16 +367,16 @@ def burst(bench: Bench) -> None:
 def one_burst(bench: Bench, contestant: str, count: int) -> tuple[float, float]:
     names = [f"burst-{i}" for i in range(count)]
     bench.docker.create_network("burst", bench.drivers[contestant])
-    bench.at_once([partial(Docker.create_container, name=name, network="burst") for name in names], 4)
-    started = bench.at_once([partial(Docker.start, container=name) for name in names])
-    removed = bench.at_once([partial(Docker.remove, container=name) for name in names])
+    bench.at_once([partial(Timed.create_container, name=name, network="burst") for name in names], 4)
+    started = bench.at_once([partial(Timed.start, container=name) for name in names])
+    removed = bench.at_once([partial(Timed.remove, container=name) for name in names])
     bench.docker.remove_network("burst")
     return started, removed
 
 
 # ----------------------------------------------------------------------------------------------------------- scale
 
-ONE_MORE = ("network create", "start -p", "kill+rm -p", "network rm")
+ONE_MORE = ("network create", "start -p", "kill+rm -p", "network rm", "start, no network", "kill+rm, no network")
 PROBE_SUBNET = 16383  # the last of 10.64.0.0/10
 
 
@@ -436,7 +423,7 @@ class Filling:
     index: int
     driver: str
 
-    def __call__(self, docker: Docker) -> None:
+    def __call__(self, docker: Timed) -> None:
         network = f"scale-{self.index}"
         docker.create_network(network, self.driver, subnet(self.index))
         docker.create_container(f"{network}-a", network)
@@ -449,19 +436,23 @@ class Filling:
 class Emptying:
     index: int
 
-    def __call__(self, docker: Docker) -> None:
+    def __call__(self, docker: Timed) -> None:
         network = f"scale-{self.index}"
         docker.remove(f"{network}-a")
         docker.remove(f"{network}-b")
         docker.remove_network(network)
 
 
-def one_more(docker: Docker, driver: str) -> dict[str, float]:
+def one_more(docker: Timed, driver: str) -> dict[str, float]:
     times = {"network create": docker.create_network("probe", driver, subnet(PROBE_SUBNET))}
     docker.create_container("probe", "probe", {80: PORT})
     times["start -p"] = docker.start("probe")
     times["kill+rm -p"] = docker.remove("probe")
     times["network rm"] = docker.remove_network("probe")
+    time.sleep(SETTLE)
+    docker.create_container("alone", "none")  # what grows here is the engine itself
+    times["start, no network"] = docker.start("alone")
+    times["kill+rm, no network"] = docker.remove("alone")
     return times
 
 
@@ -577,7 +568,7 @@ def measure(version: str, sections: Sequence[str], options: argparse.Namespace) 
     with (
         PrivateEngine(version) as engine,
         engine.start_plugin(PLUGIN, [sys.executable, "-m", PLUGIN]),
-        contextlib.closing(Docker(engine.plugin_folder.parent.parent / "docker.sock")) as docker,
+        contextlib.closing(Timed(engine)) as docker,
     ):
         said = docker.call("GET", "/version")["Version"]
         machine = f"Linux {platform.release()}, {len(PROCESSORS)} processors, Python {platform.python_version()}"
@@ -587,7 +578,7 @@ def measure(version: str, sections: Sequence[str], options: argparse.Namespace) 
         for section in sections:
             try:
                 SECTIONS[section](bench)
-            except EngineError as error:
+            except (EngineError, DriverError) as error:
                 complete = False
                 report.notes.append(f"{section} ended early: {error}")
                 docker.remove_all()
@@ -717,7 +708,7 @@ def main() -> int:
             for report in reports:
                 print_report(report)
             write(options, reports)
-    except (EngineUnavailable, EngineError) as error:
+    except (EngineUnavailable, EngineError, DriverError) as error:
         print(f"\r\x1b[K{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

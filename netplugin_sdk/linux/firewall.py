@@ -50,8 +50,9 @@ BackendName: TypeAlias = Literal["iptables", "nftables"]
 def ensure(policy: Policy) -> None:
     """Put a policy in force; another one for the same bridge is replaced, in one transaction for each IP version.
 
-    What it adds is in force when this returns. If it only takes something away, that follows at once in the
-    background (some 20 ms: the kernel waits for its readers), and failures are logged.
+    What it adds is in force when this returns, but for what somebody else removed in the last 0.2 seconds. If it only
+    takes something away, that follows at once in the background (some 20 ms: the kernel waits for its readers), and
+    failures are logged.
 
     Raises `FirewallError` if the kernel or the program refuses, `Unavailable` if the program is not installed.
     """
@@ -116,7 +117,7 @@ class Backend(Protocol):
         """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
 
     def forget(self) -> None:
-        """Somebody else has changed something: look before the next change."""
+        """Look before the next change: somebody else may have changed something of ours."""
 
 
 class _Keeper:
@@ -220,7 +221,8 @@ class _Keeper:
                     os.eventfd_read(wake)
                 others = announcements.of_others(backend.pids if backend else ())
                 if others and backend is not None:
-                    backend.forget()
+                    # No look before the next change: it takes longer the more there is, and hardly anybody's change
+                    # is to ours. One that does not fit what is there fails, and is made after a look.
                     look_at = min(look_at, time.monotonic() + self._QUIET)
                 with self._changed:
                     asked, self._asked = self._asked, {}

@@ -312,7 +312,7 @@ class Backend:
         self._families = [_Family(version, self.pids) for version in (4, 6)]
 
     def forget(self) -> None:
-        """Somebody else has changed something: look before the next change."""
+        """Look before the next change: somebody else may have changed something of ours."""
         for family in self._families:
             family.known = None
 

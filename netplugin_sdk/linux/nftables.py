@@ -38,7 +38,7 @@ class Backend:
         self._known: dict[str, str] | None = None
 
     def forget(self) -> None:
-        """Somebody else has changed something: look before the next change."""
+        """Look before the next change: somebody else may have changed something of ours."""
         self._known = None
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:

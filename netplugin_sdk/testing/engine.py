@@ -34,6 +34,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from netplugin_sdk.docker import Docker
+
 VERSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "20.10": ("bookworm", ("docker.io", "docker-compose")),
     "26.1": ("trixie", ("docker.io", "docker-cli", "docker-compose")),
@@ -325,6 +327,10 @@ class PrivateEngine:
     def plugin_folder(self) -> Path:
         """The engine's ``/run/docker/plugins``, as this process can reach it."""
         return Path(f"/proc/{self._first_pid}/root{_PLUGINS}")
+
+    def api(self, timeout: float = 120) -> Docker:
+        """The engine's API, on a connection of its own; a context manager."""
+        return Docker(self.plugin_folder.parents[1] / "docker.sock", timeout=timeout)
 
     @property
     def log(self) -> Path:

@@ -4,15 +4,14 @@ A sequence makes networks with random options, runs, connects, disconnects, kill
 ends the plugin now and then. What must be there is looked at after every step; then Docker removes everything, and
 nothing may be left: no interface, address, route, rule, chain, sysctl, process, socket, or row of the plugin's state.
 
-A failure prints what was left, the plugin's log, and a blob that repeats the sequence. NETPLUGIN_SEQUENCES is how many
-there are; each takes about a second.
+A failure prints what was left, the plugin's log, and a blob that repeats the sequence. Each takes about a second. They
+are the same in each run; with NETPLUGIN_SEQUENCES=100 there are so many, and others each time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import http.client
 import json
 import os
 import re
@@ -40,6 +39,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from netplugin_sdk import DriverError
+from netplugin_sdk.docker import Docker, DockerError
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
 
 from .conftest import MYPLUGIN
@@ -215,38 +216,14 @@ TAKEN = re.compile(r"port is already allocated|address already in use|all ports 
 # ------------------------------------------------------------------------------------------------------- the world
 
 
-class Docker(http.client.HTTPConnection):
+class Engine(Docker):
     """The engine's API, on one connection."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("docker", timeout=120)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-    def call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
-        """The answer; raises `EngineError` with what the engine says where it refuses."""
-        body = None if content is None else json.dumps(content).encode()
-        try:
-            self.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
-            response = self.getresponse()
-            answer = response.read()
-        except BaseException:
-            self.close()
-            raise
-        decoded = json.loads(answer) if answer.lstrip()[:1] in (b"{", b"[") else None
-        if response.status >= 400:
-            raise EngineError(decoded["message"] if isinstance(decoded, dict) else answer.decode())
-        return decoded
 
     def refusal(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> str:
         """What it says as it refuses; nothing if it does not."""
         try:
             self.call(method, path, content)
-        except EngineError as error:
+        except DockerError as error:
             return str(error)
         return ""
 
@@ -287,8 +264,8 @@ class World:
         tentative = ["ip", "-6", "-brief", "address", "show", "tentative"]
         wait_until(lambda: not self.engine.run(tentative).stdout, PATIENCE, every=0.1)
 
-    def connection(self) -> Docker:
-        return Docker(self.run_folder / "docker.sock")
+    def connection(self) -> Engine:
+        return Engine(self.run_folder / "docker.sock", timeout=120)
 
     def number(self) -> int:
         self.numbers += 1
@@ -578,7 +555,7 @@ class Sequences(RuleBasedStateMachine):
         """Errors tell what was done, and have the end of the plugin's log."""
         try:
             yield
-        except (AssertionError, EngineError, OSError, http.client.HTTPException) as error:
+        except (AssertionError, EngineError, DriverError, OSError) as error:
             lines = ("--- the sequence:", *self.steps, "--- the plugin's log:", self.world.log())
             # At once: hypothesis does it again, and shows what happens then.
             print("", error, *lines, sep="\n")
@@ -659,7 +636,7 @@ class Sequences(RuleBasedStateMachine):
         name, content = self.request(options)
         try:
             id_ = self.docker.call("POST", "/networks/create", content)["Id"]
-        except EngineError as error:
+        except DockerError as error:
             self.told(f"create {name} {options}", str(error))
             return str(error)
         self.told(f"create {name} {options}")
@@ -900,14 +877,14 @@ class Crashes(Sequences):
         if any(net not in box.networks for box in self.boxes for net in self.nets):
             yield 2, self.crash_connect
 
-    def crash(self, draw: Draw, work: Callable[[Docker], T]) -> T | EngineError:
+    def crash(self, draw: Draw, work: Callable[[Engine], T]) -> T | DockerError:
         """Do it with the plugin killed meanwhile."""
 
-        def do() -> T | EngineError:
+        def do() -> T | DockerError:
             with contextlib.closing(self.world.connection()) as docker:
                 try:
                     return work(docker)
-                except EngineError as error:
+                except DockerError as error:
                     return error
 
         moment = draw(st.integers(0, 60)) / 1000
@@ -926,7 +903,7 @@ class Crashes(Sequences):
             name, content = self.request(options)
             self.told(f"crash_create {name} {options}")
             answer = self.crash(draw, lambda docker: docker.call("POST", "/networks/create", content))
-            if not isinstance(answer, EngineError):
+            if not isinstance(answer, DockerError):
                 self.nets.append(Net(name, answer["Id"], options))
 
     def crash_remove_network(self, draw: Draw) -> None:
@@ -1016,6 +993,7 @@ def play(machine: Callable[[World], Sequences], world: World, times: int, steps:
         stateful_step_count=steps,
         deadline=None,
         database=None,
+        derandomize="NETPLUGIN_SEQUENCES" not in os.environ,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.generate],  # a sequence is short, and shrinking it takes minutes

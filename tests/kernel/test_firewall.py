@@ -538,6 +538,38 @@ def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     until(lambda: bool(looks))
 
 
+@announced_only
+def test_a_change_after_somebody_elses_costs_no_look(backend: str, programs: list[str]) -> None:
+    firewall.ensure(FULL)
+    if backend == "nftables":
+        run("nft", "add table inet mine; add chain inet mine c; add rule inet mine c accept")
+    else:
+        run("iptables", "-A", "INPUT", "-s", "192.0.2.66", "-j", "DROP")
+    programs.clear()
+    firewall.ensure(policy("br-2"))
+    looked = set(programs) & LOOKS
+    assert programs
+    assert not looked
+
+
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [("iptables-nft", "rules"), ("iptables-nft", "all"), ("iptables-nft", "nft"), ("nftables", "nft")],
+    indirect=["backend"],
+)
+@pytest.mark.parametrize("change", [policy("br-2"), replace(FULL, icc=False), policy("br-1")])
+def test_a_change_right_after_a_flush(backend: str, how: str, change: Policy) -> None:
+    firewall.ensure(FULL)
+    firewall.ensure(change)
+    firewall.settle()
+    wanted = ours(backend)
+    firewall.ensure(FULL)
+    firewall.delete("br-2")
+    flush(backend, how)
+    firewall.ensure(change)
+    until(lambda: ours(backend) == wanted, within=1)
+
+
 @pytest.mark.usefixtures("lively")
 def test_a_refused_policy_does_not_keep_the_others_from_repair(backend: str) -> None:
     firewall.ensure(FULL)

@@ -1,0 +1,97 @@
+"""The engine's API, spoken to a small server; the engine's own answers are in tests/engine."""
+
+import socketserver
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from netplugin_sdk import Unavailable
+from netplugin_sdk.docker import Docker, DockerError
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    answers: ClassVar[dict[str, tuple[int, bytes]]] = {
+        "GET /networks": (200, b'[{"Name": "bridge"}]'),
+        "POST /containers/a/start": (204, b""),
+        "GET /_ping": (200, b"OK"),
+        "GET /networks/no": (404, b'{"message":"network no not found"}\n'),
+        "GET /old": (400, b"client version is too old"),
+    }
+    connections: ClassVar[set[object]] = set()
+
+    def do_GET(self) -> None:
+        self.connections.add(self.connection)
+        if self.path == "/gone":
+            self.close_connection = True
+            return
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body = (200, content) if self.path == "/echo" else self.answers[f"{self.command} {self.path}"]
+        self.send_response(status)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    Handler.connections.clear()
+    with socketserver.ThreadingUnixStreamServer(str(tmp_path / "docker.sock"), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield tmp_path / "docker.sock"
+        server.shutdown()
+        thread.join()
+
+
+def test_answers_are_decoded_and_the_connection_stays(path: Path) -> None:
+    with Docker(path) as docker:
+        assert docker.call("GET", "/networks") == [{"Name": "bridge"}]
+        assert docker.call("POST", "/containers/a/start") is None
+        assert docker.call("GET", "/_ping") is None
+        assert docker.call("POST", "/echo", {"Name": "a"}) == {"Name": "a"}
+        assert len(Handler.connections) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_path", "said", "status"),
+    [("/networks/no", "network no not found", 404), ("/old", "client version is too old", 400)],
+)
+def test_a_refusal_has_what_the_engine_says(path: Path, request_path: str, said: str, status: int) -> None:
+    with Docker(path) as docker:
+        with pytest.raises(DockerError) as caught:
+            docker.call("GET", request_path)
+        assert (str(caught.value), caught.value.http_status) == (said, status)
+        assert docker.call("GET", "/networks")
+
+
+def test_an_engine_that_hangs_up_is_unavailable_until_the_next_call(path: Path) -> None:
+    with Docker(path) as docker:
+        with pytest.raises(Unavailable, match=r"Docker: GET /gone: \S"):
+            docker.call("GET", "/gone")
+        assert docker.call("GET", "/networks")
+
+
+def test_no_engine_is_unavailable(tmp_path: Path) -> None:
+    with Docker(tmp_path / "none.sock") as docker, pytest.raises(Unavailable, match="No such file"):
+        docker.call("GET", "/networks")
+
+
+def test_the_environment_names_the_socket(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
+    with Docker() as docker:
+        assert docker.call("GET", "/networks")
