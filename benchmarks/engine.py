@@ -222,11 +222,6 @@ class Bench:
     publishes: Mapping[str, bool] = field(default_factory=dict)  # contestant → whether a published port is reached
     _pool: list[Timed] = field(default_factory=list)
 
-    @property
-    def run_folder(self) -> Path:
-        """/run of the engine and of what runs beside it, as this process can reach it."""
-        return self.engine.plugin_folder.parent.parent
-
     def turns(self, rounds: int, what: str) -> Iterator[str]:
         """The contestants in turn, so many times, in one order and then in the other."""
         for number in range(rounds):
@@ -280,7 +275,7 @@ class Bench:
 
     def iperf3(self, namespace: str, *arguments: str) -> list[str]:
         """The command for the engine's own iperf3, in its root file system, in a network namespace."""
-        anchor = (self.run_folder / "engine.pid").read_text().strip()
+        anchor = (self.engine.run_folder / "engine.pid").read_text().strip()
         return ["nsenter", f"--mount=/proc/{anchor}/ns/mnt", f"--net={namespace}", "iperf3", *arguments]
 
     @staticmethod

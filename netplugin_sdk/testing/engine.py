@@ -326,11 +326,21 @@ class PrivateEngine:
     @property
     def plugin_folder(self) -> Path:
         """The engine's ``/run/docker/plugins``, as this process can reach it."""
-        return Path(f"/proc/{self._first_pid}/root{_PLUGINS}")
+        return self.run_folder / Path(_PLUGINS).relative_to("/run")
+
+    @property
+    def run_folder(self) -> Path:
+        """``/run`` of the engine and of what runs beside it, as this process can reach it."""
+        return Path(f"/proc/{self._first_pid}/root/run")
+
+    @property
+    def api_socket(self) -> Path:
+        """The socket of the engine's API, as this process can reach it."""
+        return self.run_folder / "docker.sock"
 
     def api(self, timeout: float = 120) -> Docker:
         """The engine's API, on a connection of its own; a context manager."""
-        return Docker(self.plugin_folder.parents[1] / "docker.sock", timeout=timeout)
+        return Docker(self.api_socket, timeout=timeout)
 
     @property
     def log(self) -> Path:

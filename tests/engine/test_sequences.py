@@ -233,8 +233,7 @@ class World:
 
     def __init__(self, engine: PrivateEngine) -> None:
         self.engine = engine
-        self.run_folder = engine.plugin_folder.parents[1]
-        self.proc = engine.plugin_folder.parents[3]
+        self.proc = engine.run_folder.parents[1]
         self.docker = self.connection()
         self.numbers = 0
         self.sequences = 0
@@ -265,7 +264,7 @@ class World:
         wait_until(lambda: not self.engine.run(tentative).stdout, PATIENCE, every=0.1)
 
     def connection(self) -> Engine:
-        return Engine(self.run_folder / "docker.sock", timeout=120)
+        return Engine(self.engine.api_socket, timeout=120)
 
     def number(self) -> int:
         self.numbers += 1

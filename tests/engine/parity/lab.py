@@ -40,6 +40,7 @@ from netplugin_sdk.testing.engine import (
     EngineError,
     PrivateEngine,
     Process,
+    listens,
     wait_until,
 )
 
@@ -142,12 +143,7 @@ class Agent:
         self._socket = engine.folder / "agent.sock"
         program = Path(__file__).with_name("agent.py")
         self._process = engine.spawn("agent", [sys.executable, str(program), str(self._socket)])
-
-        def listens() -> bool:
-            with socket.socket(socket.AF_UNIX) as probe:
-                return probe.connect_ex(str(self._socket)) == 0
-
-        wait_until(listens, 20)
+        wait_until(lambda: listens(self._socket), 20)
 
     def do(self, **request: object) -> Any:
         """Raises `EngineError` if it cannot."""

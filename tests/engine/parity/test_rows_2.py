@@ -1693,7 +1693,7 @@ class Project:
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
-        folder = lab.engine.plugin_folder.parent.parent / "project"
+        folder = lab.engine.run_folder / "project"
         folder.mkdir(exist_ok=True)
         (folder / "docker-compose.yml").write_text(COMPOSE.replace("DRIVER", lab.driver))
         lab.defer(lambda: subprocess.run(["rm", "-r", str(folder)], check=True))
