@@ -1,6 +1,5 @@
 # make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host)
 # make test   every check and every test, real engines included
-# make sequences  200 random sequences on real engines, after which the host must be as before (6 minutes)
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
 # make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
@@ -8,7 +7,7 @@ ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
 
-.PHONY: demo test sequences lint bench bench-engine parity clean
+.PHONY: demo test lint bench bench-engine parity clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,17 +19,13 @@ demo: .venv/.run
 #: Engines side by side: their tests wait more than they work. Not what looks whether this machine is as it was.
 ENGINES := 20.10 26.1 28.5
 ALONE := tests/engine/test_demo.py
-SEQUENCES := tests/engine/test_sequences.py
 test: lint
 	$(BIN)/python -m pytest tests/unit tests/wire tests/kernel $(ALONE) $(PYTEST_ARGS)
 	@echo "engines $(ENGINES), side by side: about 10 minutes; what they say comes at the end of each"
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync $(ENGINES:%=test-engine-%)
 
 test-engine-%: .venv/.dev
-	$(BIN)/python -m pytest tests/engine --ignore $(ALONE) --ignore $(SEQUENCES) --engine $* $(PYTEST_ARGS)
-
-sequences: .venv/.dev
-	$(BIN)/python -m pytest $(SEQUENCES) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/engine --ignore $(ALONE) --engine $* $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

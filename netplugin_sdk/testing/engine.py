@@ -313,11 +313,14 @@ class PrivateEngine:
         """Start a plugin that serves ``/run/docker/plugins/NAME.sock``, and wait until it listens.
 
         Raises:
-            EngineError: it ended, or does not listen in time; the text has its log.
+            EngineError: another one listens there; it ended, or does not listen in time, and the text has its log.
         """
+        address = self.plugin_folder / f"{name}.sock"
+        if listens(address):
+            raise EngineError(f"another plugin listens at {_PLUGINS}/{name}.sock")
         plugin = self.spawn(name, command)
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not plugin.running or listens(self.plugin_folder / f"{name}.sock"), timeout)
+            wait_until(lambda: not plugin.running or listens(address), timeout)
             if plugin.running:
                 return plugin
         plugin.kill()

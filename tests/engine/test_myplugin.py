@@ -13,6 +13,7 @@ from myplugin.options import Options
 from netplugin_sdk.testing.engine import (
     ENGINE_ADDRESS,
     OUTSIDE_ADDRESS,
+    EngineError,
     PrivateEngine,
     Process,
     wait_until,
@@ -213,6 +214,12 @@ def test_ipv6_needs_an_mtu_of_1280(engine: PrivateEngine) -> None:
     options = ("--ipv6", "--subnet", "fd00:77::/64", "-o", "com.docker.network.driver.mtu=1279")
     done = engine.run_docker("network", "create", "--driver", "myplugin", *options, "mynet")
     assert "mtu=1279: IPv6 needs 1280" in done.stderr
+
+
+def test_the_lab_starts_no_plugin_where_another_listens(engine: PrivateEngine, myplugin: Process) -> None:
+    with pytest.raises(EngineError, match=r"another plugin listens at /run/docker/plugins/myplugin\.sock"):
+        engine.start_plugin("myplugin", MYPLUGIN)
+    assert myplugin.running
 
 
 def test_the_plugin_may_be_restarted_under_running_containers(engine: PrivateEngine, myplugin: Process) -> None:

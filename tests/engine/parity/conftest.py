@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES] = []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its plugin has a name and a socket that others' tests use too
 def both_drivers(engine: PrivateEngine, request: pytest.FixtureRequest) -> Iterator[Both]:
     agent = Agent(engine)
     oracle = request.config.getoption("--oracle", default=False)
