@@ -1,16 +1,28 @@
-"""The Docker Engine's own API, as far as a plugin asks for it."""
+"""The Docker Engine's own API, as far as a plugin asks for it, and why not from inside a call.
+
+While a driver's method runs the engine waits for it, often with a lock that its API wants too: asking there can hang
+both for ever. So it is refused, whatever library is used. What a driver wants to know of a container is told to
+`NetworkDriver.container_attached`.
+"""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
+from netplugin_sdk import calls
 from netplugin_sdk.errors import DriverError, Unavailable
+
+if TYPE_CHECKING:
+    import http.client
 
 SOCKET = Path("/run/docker.sock")
 """Where an engine listens, unless ``DOCKER_HOST`` names another socket (``unix:///…``)."""
@@ -24,6 +36,27 @@ class DockerError(DriverError):
         self.http_status = http_status
 
 
+@dataclass(frozen=True)
+class Container:
+    """A container as users know it."""
+
+    id: str
+    name: str
+    """Without the slash that the API puts before it."""
+    image: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def compose_project(self) -> str | None:
+        """The project of Docker Compose that it belongs to."""
+        return self.labels.get("com.docker.compose.project")
+
+    @property
+    def compose_service(self) -> str | None:
+        """The service of Docker Compose that it belongs to."""
+        return self.labels.get("com.docker.compose.service")
+
+
 class Docker:
     """An engine's API on one connection, which stays. For one thread at a time.
 
@@ -33,7 +66,8 @@ class Docker:
     """
 
     def __init__(self, path: Path | str | None = None, *, timeout: float = 60) -> None:
-        self._connection = _Connection(str(path or _from_environment()), timeout)
+        self._path, self._timeout = str(path or _from_environment()), timeout
+        self._connection: http.client.HTTPConnection | None = None
 
     def call(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> Any:
         """The decoded answer to, say, ``GET /networks``; None if there is none.
@@ -41,17 +75,21 @@ class Docker:
         Raises:
             DockerError: the engine refused.
             Unavailable: it does not answer.
+            DriverError: this is the thread of a driver's method.
         """
+        from http.client import HTTPException  # noqa: PLC0415  # 15 ms that only who asks Docker needs
+
+        _refuse_inside_a_call(f"{method} {path}")
         body = None if content is None else json.dumps(content).encode()
+        connection = self._connection = self._connection or _connection(self._path, self._timeout)
         try:
-            self._connection.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
+            connection.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
+            response = connection.getresponse()
             answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise Unavailable(f"Docker: {method} {path}: {error or type(error).__name__}") from error
-        except BaseException:
-            self.close()  # half an answer is in it
+        except BaseException as error:
+            self.close()  # half an answer may be in it
+            if isinstance(error, OSError | HTTPException):
+                raise Unavailable(f"Docker: {method} {path}: {error or type(error).__name__}") from error
             raise
         decoded = json.loads(answer) if answer.lstrip()[:1] in (b"{", b"[") else None
         if response.status >= 400:
@@ -59,9 +97,34 @@ class Docker:
             raise DockerError(said, response.status)
         return decoded
 
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """All networks by id, without their containers."""
+        return {network["Id"]: network for network in self.call("GET", "/networks")}
+
+    def endpoints(self, network_id: str) -> dict[str, str | None]:
+        """The endpoints of a network by id, each with the id of its container if it is in one."""
+        found = self.call("GET", f"/networks/{quote(network_id, safe='')}")["Containers"]
+        return {
+            endpoint["EndpointID"]: None if container.startswith("ep-") else container
+            for container, endpoint in (found or {}).items()
+        }
+
+    def container(self, container_id: str) -> Container | None:
+        """A container; None if there is none.
+
+        It is looked up in the list, since an inspection would wait for the container's start to end.
+        """
+        chosen = quote(json.dumps({"id": [container_id]}))
+        for found in self.call("GET", f"/containers/json?all=1&filters={chosen}"):
+            if found["Id"] == container_id:
+                name = next((name[1:] for name in found["Names"] if name.count("/") == 1), "")  # others are links
+                return Container(found["Id"], name, found["Image"], found["Labels"] or {})
+        return None
+
     def close(self) -> None:
         """End the connection; the next call makes another."""
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
     def __enter__(self) -> Docker:
         return self
@@ -70,17 +133,51 @@ class Docker:
         self.close()
 
 
+@cache
+def refuse_inside_calls() -> None:
+    """From now on, for good, no driver's method gets a connection to the engine, nor runs ``docker``."""
+    sys.addaudithook(_audit)
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.connect":
+        if calls.current() is not None and _is_engine(arguments[1]):
+            _refuse_inside_a_call("a connection")
+    elif event == "subprocess.Popen" and calls.current() is not None:
+        program = os.fsdecode(arguments[0])
+        if Path(program).name in ("docker", "docker-compose"):
+            _refuse_inside_a_call(f"the program {program}")
+
+
+def _is_engine(address: object) -> bool:
+    host = os.environ.get("DOCKER_HOST", "")
+    if isinstance(address, tuple):
+        where = urlsplit(host)
+        return where.scheme in ("tcp", "http", "https") and address[:2] == (where.hostname, where.port)
+    path = os.fsdecode(address) if isinstance(address, str | bytes) else ""
+    return Path(path).name == SOCKET.name or (host != "" and host == f"unix://{path}")
+
+
+def _refuse_inside_a_call(what: str) -> None:
+    if (call := calls.current()) is not None:
+        raise DriverError(
+            f"{call.method} must not ask Docker ({what}): Docker waits for its answer, and both may wait for ever; "
+            "NetworkDriver.container_attached tells of containers"
+        )
+
+
 def _from_environment() -> str:
     host = os.environ.get("DOCKER_HOST", "")
     return host.removeprefix("unix://") if host.startswith("unix://") else str(SOCKET)
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("docker", timeout=timeout)
-        self._path = path
+def _connection(path: str, timeout: float) -> http.client.HTTPConnection:
+    import http.client  # noqa: PLC0415
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+    class Connection(http.client.HTTPConnection):
+        def connect(self) -> None:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(timeout)
+            self.sock.connect(path)
+
+    return Connection("docker", timeout=timeout)

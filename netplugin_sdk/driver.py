@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol
 
 from netplugin_sdk.addresses import IPInterface
+from netplugin_sdk.docker import Container
 from netplugin_sdk.messages import (
     AddressRef,
     AddressRequest,
@@ -142,6 +143,23 @@ class NetworkDriver(ABC, Generic[OptionsT]):
 
     def revoke_external_connectivity(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         """Undo `program_external_connectivity` (``RevokeExternalConnectivity``); also before a `leave` without it."""
+
+    def restore_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Bring back what `join` made, as far as it can be while the container runs.
+
+        The SDK calls it for each endpoint in a sandbox after `create_network` has run again: when the plugin starts,
+        on SIGHUP, and when something vanished from the kernel. If somebody deleted the bridge, for example, the pairs
+        are to be made its ports again.
+        """
+
+    def container_attached(self, network: Network[OptionsT], endpoint: Endpoint, container: Container) -> None:
+        """Learn which container an endpoint is in: its name, labels, Compose project.
+
+        Docker does not tell with `join`, and must not be asked while it waits for an answer. If a driver overrides
+        this, the SDK asks after `join`, in the background: the container may run already. An endpoint is told of once
+        for each `join`, or again if the plugin was killed meanwhile; then it is `Endpoint.container`. What this raises
+        is logged.
+        """
 
     def endpoint_is_gone(self, network: Network[OptionsT], endpoint: Endpoint) -> bool:  # noqa: ARG002
         """Say whether what `join` made has vanished, as after a reboot.

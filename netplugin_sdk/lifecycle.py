@@ -8,16 +8,16 @@ down that it is done; answers. A method that fails half-way is undone by its opp
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, TypeAlias
 
-from netplugin_sdk import messages
+from netplugin_sdk import calls, messages
+from netplugin_sdk.background import Background, Locks
 from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
-from netplugin_sdk.errors import Conflict, NotFound
+from netplugin_sdk.errors import Conflict, DriverError, NotFound
 from netplugin_sdk.messages import EndpointInterface, Message, Scope
 from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
 
@@ -30,138 +30,52 @@ Routes: TypeAlias = dict[str, tuple[type[Message], Handler]]
 """Method name (``Join``) → the type of its request and what handles it."""
 
 _DONE = b"{}"
-
-
-class _Locks:
-    """A lock for each key, there only while somebody holds or wants it."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._locks: dict[str, _CountedLock] = {}
-
-    def hold(self, key: str) -> _Held:
-        """A context manager that holds the lock of `key`."""
-        return _Held(self._guard, self._locks, key)
-
-
-class _CountedLock:
-    __slots__ = ("lock", "users")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-
-
-class _Held:
-    __slots__ = ("_guard", "_key", "_locks")
-
-    def __init__(self, guard: threading.Lock, locks: dict[str, _CountedLock], key: str) -> None:
-        self._guard, self._locks, self._key = guard, locks, key
-
-    def __enter__(self) -> None:
-        with self._guard:
-            counted = self._locks.get(self._key)
-            if counted is None:
-                counted = self._locks[self._key] = _CountedLock()
-            counted.users += 1
-        counted.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        with self._guard:
-            counted = self._locks[self._key]
-            counted.lock.release()
-            counted.users -= 1
-            if not counted.users:
-                del self._locks[self._key]
-
-
-class _Rests:
-    """A thread for what is done after answers, one thing after the other. It ends when there is nothing to do."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._steps: deque[Callable[[], object]] = deque()
-        self._running = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self._running
-
-    def submit(self, step: Callable[[], object]) -> None:
-        """Do it, after what came before. It raises nothing."""
-        with self._changed:
-            self._steps.append(step)
-            if not self._running:
-                threading.Thread(target=self._run, name="rests").start()
-                self._running = True
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._steps:
-                    self._running = False
-                    self._changed.notify_all()
-                    return
-                step = self._steps.popleft()
-            step()
-
-    def wait(self) -> None:
-        """Wait until there is nothing to do."""
-        if self._running:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._running)
+_PATIENCE = 2.0  # seconds that looking after a network waits for the calls on it
 
 
 class NetworkLifecycle(Generic[OptionsT]):
     """Serves the ``NetworkDriver`` methods with a driver and the store of its networks."""
 
     def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT]) -> None:
-        self._driver = driver
-        self._store = store
-        self._locks = _Locks()
-        self._rests = _Rests()
+        self.driver = driver
+        self.store = store
+        self.created: Callable[[], None] = lambda: None
+        """Told of each new network."""
+        self.joined: Callable[[Network[OptionsT], Endpoint], None] = lambda _network, _endpoint: None
+        """Told of each new join."""
+        self._locks = Locks()
+        self._rests = Background("rests")
         driver.networks = MappingProxyType(store.networks)
-
-    def restore(self) -> None:
-        """Finish what was being deleted, undo what was being made, and bring back what a reboot may have taken.
-
-        What was not answered the engine asks for again, or not: then nobody else would remove it. Failures are logged.
-        """
-        self.reap()
-        for network in tuple(self._store.networks.values()):
-            for endpoint in tuple(network.endpoints.values()):
-                if endpoint.row.intent in ("CreateEndpoint", "DeleteEndpoint"):
-                    self._try("delete", endpoint, partial(self._drop_endpoint, network, endpoint))
-            if network.row.intent in ("CreateNetwork", "DeleteNetwork"):
-                self._try("delete", network, partial(self._drop_network, network))
-        for network in tuple(self._store.networks.values()):
-            if network.row.intent is None and self._try(
-                "restore", network, partial(self._driver.create_network, network)
-            ):
-                for endpoint in tuple(network.endpoints.values()):
-                    if endpoint.external is not None and endpoint.row.intent is None:
-                        program = self._driver.program_external_connectivity
-                        self._try("publish again", endpoint, partial(program, network, endpoint, endpoint.external))
 
     def reap(self) -> None:
         """Delete the endpoints of containers that ended while nobody told."""
-        for network in tuple(self._store.networks.values()):
-            with self._locks.hold(network.id):
-                for endpoint in tuple(network.endpoints.values()):
-                    if endpoint.join is not None:
-                        self._try("look after", endpoint, partial(self._reap, network, endpoint))
+        for network in tuple(self.store.networks.values()):
+            self.attempt("look after", network, partial(self._reap, network))
 
-    def _reap(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
-        if self._driver.endpoint_is_gone(network, endpoint):
-            _log.warning("%r is gone, its container ended unnoticed: deleting it", endpoint)
-            self._store.save(endpoint, intent="DeleteEndpoint")
-            self._finish(endpoint, self._end_endpoint(network, endpoint))
+    def _reap(self, network: Network[OptionsT]) -> None:
+        with self.hold(network):
+            for endpoint in tuple(network.endpoints.values()):
+                if endpoint.join is not None and self.driver.endpoint_is_gone(network, endpoint):
+                    _log.warning("%r is gone, its container ended unnoticed: deleting it", endpoint)
+                    self.free(network, endpoint)
+
+    def free(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Delete an endpoint that Docker does not ask for any more. The network is held."""
+        self.store.save(endpoint, intent="DeleteEndpoint")
+        self._finish(endpoint, self._end_endpoint(network, endpoint))
+
+    def hold(self, network: Network[OptionsT]) -> AbstractContextManager[None]:
+        """Hold off calls on the network. Raises `Unavailable` where one of them goes on for long."""
+        return self._locks.hold(network.id, _PATIENCE)
 
     @staticmethod
-    def _try(what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
+    def attempt(what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
+        """Whether it could be done; else it is logged, since nobody waits for it."""
         try:
             step()
+        except DriverError as error:
+            _log.error("cannot %s %r: %s", what, record, error)
+            return False
         except Exception:
             _log.exception("cannot %s %r", what, record)
             return False
@@ -173,7 +87,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def routes(self) -> Routes:
         """The methods that this driver has. What is missing here is a 404: "method not supported"."""
-        driver, m = self._driver, messages
+        driver, m = self.driver, messages
         routes: Routes = {
             "GetCapabilities": (m.Nothing, self._get_capabilities),
             "CreateNetwork": (m.CreateNetwork, self._create_network),
@@ -202,7 +116,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         return routes
 
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
-        driver = self._driver
+        driver = self.driver
         discovers = driver.overrides("discover_new") or driver.overrides("discover_delete")
         return messages.encode(
             {
@@ -216,77 +130,82 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _create_network(self, request: messages.CreateNetwork, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            network = self._store.networks.get(request.network_id)
+            calls.refuse_if_late()  # it has waited
+            network = self.store.networks.get(request.network_id)
             if network is not None:
                 _refuse_other_content(network, network.row.request, body)
                 if network.row.intent is None:
                     return _DONE
             else:
-                network = self._store.new_network(request, body)
+                network = self.store.new_network(request, body)
                 _ = network.options  # refused before anything is made
                 self._rests.wait()  # it may want what a network that is going has
-            self._store.save(network, intent="CreateNetwork")
+            self.store.save(network, intent="CreateNetwork")
             try:
-                self._driver.create_network(network)
-                self._store.save(network, intent=None)
+                self.driver.create_network(network)
+                calls.refuse_if_late()
+                self.store.save(network, intent=None)
             except Exception:
-                self._undo(network, "CreateNetwork", lambda: self._drop_network(network))
+                self._undo(network, "CreateNetwork", lambda: self.drop_network(network))
                 raise
+            self.created()
             return _DONE
 
     def _delete_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            network = self._store.networks.get(request.network_id)
+            network = self.store.networks.get(request.network_id)
             if network is None:
                 _log.warning("DeleteNetwork: network %s is unknown, nothing to delete", request.network_id[:12])
                 return _DONE
-            self._store.save(network, intent="DeleteNetwork")
+            self.store.save(network, intent="DeleteNetwork")
             for endpoint in tuple(network.endpoints.values()):
                 _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
-                self._store.save(endpoint, intent="DeleteEndpoint")
-                self._drop_endpoint(network, endpoint)
-            self._finish(network, self._driver.delete_network(network))
+                self.store.save(endpoint, intent="DeleteEndpoint")
+                self.drop_endpoint(network, endpoint)
+            self._finish(network, self.driver.delete_network(network))
             return _DONE
 
-    def _drop_network(self, network: Network[OptionsT]) -> None:
+    def drop_network(self, network: Network[OptionsT]) -> None:
+        """Remove a network that is half made or half deleted, to the end. It is held."""
         for endpoint in tuple(network.endpoints.values()):
-            self._drop_endpoint(network, endpoint)
-        if (rest := self._driver.delete_network(network)) is not None:
+            self.drop_endpoint(network, endpoint)
+        if (rest := self.driver.delete_network(network)) is not None:
             rest()
-        self._store.forget(network)
+        self.store.forget(network)
 
     def _finish(self, record: Network[OptionsT] | Endpoint, rest: Rest | None) -> None:
         """Forget the record, at once or when the rest is done."""
         if rest is None and self._rests.idle:
-            self._store.forget(record)
+            self.store.forget(record)
             return
 
         def finish() -> None:
             if rest is not None:
                 rest()
-            self._store.forget(record)
+            self.store.forget(record)
 
         # Gone for everybody but the file: should the plugin die, what is left to do is found there.
-        self._store.unlist(record)
-        self._rests.submit(partial(self._try, "delete", record, finish))
+        self.store.unlist(record)
+        self._rests.submit(partial(self.attempt, "delete", record, finish))
 
     def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            return messages.encode({"Options": dict(self._driver.allocate_network(request))})
+            return messages.encode({"Options": dict(self.driver.allocate_network(request))})
 
     def _free_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            self._driver.free_network(request.network_id)
+            self.driver.free_network(request.network_id)
             return _DONE
 
     def _gw_alloc_check(self, request: messages.GwAllocCheck, _body: bytes) -> bytes:
-        options: Any = self._driver.options_type.parse(request.options.generic)
-        return messages.encode(self._driver.gw_alloc_check(options, request.options))
+        options: Any = self.driver.options_type.parse(request.options.generic)
+        return messages.encode(self.driver.gw_alloc_check(options, request.options))
 
     # ------------------------------------------------------------------------------------------------- endpoints
 
     def _create_endpoint(self, request: messages.CreateEndpoint, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
+            calls.refuse_if_late()  # it has waited
             network = self._network(request.network_id)
             endpoint = network.endpoints.get(request.endpoint_id)
             if endpoint is not None:
@@ -294,18 +213,19 @@ class NetworkLifecycle(Generic[OptionsT]):
                 if endpoint.row.answer is not None and endpoint.row.intent not in ("CreateEndpoint", "DeleteEndpoint"):
                     return endpoint.row.answer
             else:
-                endpoint = self._store.new_endpoint(request, body)
-                if request.options.port_map and not self._driver.overrides("program_external_connectivity"):
+                endpoint = self.store.new_endpoint(request, body)
+                if request.options.port_map and not self.driver.overrides("program_external_connectivity"):
                     _log.warning("%r has ports to publish, and this driver publishes none", endpoint)
-            self._store.save(endpoint, intent="CreateEndpoint")
+            self.store.save(endpoint, intent="CreateEndpoint")
             try:
-                filled = self._driver.create_endpoint(network, endpoint) or EndpointInterface()
+                filled = self.driver.create_endpoint(network, endpoint) or EndpointInterface()
                 answer = messages.encode(
                     messages.CreateEndpointAnswer(messages.only_new(filled, beside=request.interface))
                 )
-                self._store.save(endpoint, intent=None, answer=answer)
+                calls.refuse_if_late()
+                self.store.save(endpoint, intent=None, answer=answer)
             except Exception:
-                self._undo(endpoint, "CreateEndpoint", lambda: self._drop_endpoint(network, endpoint))
+                self._undo(endpoint, "CreateEndpoint", lambda: self.drop_endpoint(network, endpoint))
                 raise
             return answer
 
@@ -316,14 +236,15 @@ class NetworkLifecycle(Generic[OptionsT]):
                 _log.warning("DeleteEndpoint: endpoint %s is unknown, nothing to delete", request.endpoint_id[:12])
                 return _DONE
             network, endpoint = found
-            self._store.save(endpoint, intent="DeleteEndpoint")
+            self.store.save(endpoint, intent="DeleteEndpoint")
             self._finish(endpoint, self._end_endpoint(network, endpoint))
             return _DONE
 
-    def _drop_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+    def drop_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Remove an endpoint, whatever it has, to the end. Its network is held."""
         if (rest := self._end_endpoint(network, endpoint)) is not None:
             rest()
-        self._store.forget(endpoint)
+        self.store.forget(endpoint)
 
     def _end_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Rest | None:
         # The engine revokes and leaves first, unless the plugin was down when it did.
@@ -331,17 +252,18 @@ class NetworkLifecycle(Generic[OptionsT]):
             self._drop_external(network, endpoint, then="DeleteEndpoint")
         if endpoint.may_be_joined:
             self._drop_join(network, endpoint)
-        return self._driver.delete_endpoint(network, endpoint)
+        return self.driver.delete_endpoint(network, endpoint)
 
     def _endpoint_oper_info(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             network, endpoint = self._endpoint(request)
-            return messages.encode({"Value": dict(self._driver.endpoint_oper_info(network, endpoint))})
+            return messages.encode({"Value": dict(self.driver.endpoint_oper_info(network, endpoint))})
 
     # ------------------------------------------------------------------------------------------ join and leave
 
     def _join(self, request: messages.JoinRequest, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
+            calls.refuse_if_late()  # it has waited
             network, endpoint = self._endpoint(request)
             leaving = endpoint.row.intent in ("Leave", "DeleteEndpoint")
             if endpoint.join is not None:
@@ -351,14 +273,16 @@ class NetworkLifecycle(Generic[OptionsT]):
             # No intent is written: after a crash every endpoint counts as one that may be joined.
             endpoint.may_be_joined = True
             try:
-                join = self._driver.join(network, endpoint, Sandbox.of(request))
+                join = self.driver.join(network, endpoint, Sandbox.of(request))
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
-                self._store.save_join(endpoint, body, answer)
+                calls.refuse_if_late()
+                self.store.save_join(endpoint, body, answer)
                 if leaving and endpoint.row.external_request is None:  # else it is half revoked, and stays so
-                    self._store.save(endpoint, intent=None)
+                    self.store.save(endpoint, intent=None)
             except Exception:
                 self._undo(endpoint, "Join", lambda: self._drop_join(network, endpoint))
                 raise
+            self.joined(network, endpoint)
             return answer
 
     def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
@@ -368,16 +292,16 @@ class NetworkLifecycle(Generic[OptionsT]):
                 _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
                 return _DONE
             network, endpoint = found
-            self._store.save(endpoint, intent="Leave")
+            self.store.save(endpoint, intent="Leave")
             if endpoint.row.external_request is not None:
                 self._drop_external(network, endpoint, then="Leave")
             self._drop_join(network, endpoint)
-            self._store.save(endpoint, intent=None)
+            self.store.save(endpoint, intent=None)
             return _DONE
 
     def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
-        self._driver.leave(network, endpoint)
-        self._store.forget_join(endpoint)
+        self.driver.leave(network, endpoint)
+        self.store.forget_join(endpoint)
 
     # -------------------------------------------------------------------------------------- external connectivity
 
@@ -390,14 +314,16 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _program_external_once(self, request: messages.ProgramExternalConnectivity, body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
+            calls.refuse_if_late()  # it has waited
             network, endpoint = self._endpoint(request)
             row = endpoint.row
             if row.external_request is not None and row.intent is None and messages.same(row.external_request, body):
                 return _DONE
-            self._store.save(endpoint, intent="ProgramExternalConnectivity", external_request=body)
+            self.store.save(endpoint, intent="ProgramExternalConnectivity", external_request=body)
             try:
-                self._driver.program_external_connectivity(network, endpoint, request.options)
-                self._store.save(endpoint, intent=None)
+                self.driver.program_external_connectivity(network, endpoint, request.options)
+                calls.refuse_if_late()
+                self.store.save(endpoint, intent=None)
             except Exception:
                 self._undo(endpoint, "ProgramExternalConnectivity", lambda: self._drop_external(network, endpoint))
                 raise
@@ -410,21 +336,21 @@ class NetworkLifecycle(Generic[OptionsT]):
             if found is None or found[1].row.external_request is None:
                 return _DONE
             network, endpoint = found
-            self._store.save(endpoint, intent="RevokeExternalConnectivity")
+            self.store.save(endpoint, intent="RevokeExternalConnectivity")
             self._drop_external(network, endpoint)
             return _DONE
 
     def _drop_external(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
-        self._driver.revoke_external_connectivity(network, endpoint)
-        self._store.save(endpoint, intent=then, external_request=None)
+        self.driver.revoke_external_connectivity(network, endpoint)
+        self.store.save(endpoint, intent=then, external_request=None)
 
     # ---------------------------------------------------------------------------------------------------- swarm
 
     def _discover_new(self, request: messages.Discovery, _body: bytes) -> bytes:
-        return self._discover(request, self._driver.discover_new)
+        return self._discover(request, self.driver.discover_new)
 
     def _discover_delete(self, request: messages.Discovery, _body: bytes) -> bytes:
-        return self._discover(request, self._driver.discover_delete)
+        return self._discover(request, self.driver.discover_delete)
 
     def _discover(self, request: messages.Discovery, notify: Callable[[messages.Node], None]) -> bytes:
         if request.node is not None:
@@ -435,7 +361,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     # -------------------------------------------------------------------------------------------------- looking up
 
     def _network(self, network_id: str) -> Network[OptionsT]:
-        network = self._store.networks.get(network_id)
+        network = self.store.networks.get(network_id)
         if network is None:
             raise NotFound(f"network {network_id[:12]} is unknown to this plugin")
         return network
@@ -443,7 +369,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _find_endpoint(
         self, request: messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
     ) -> tuple[Network[OptionsT], Endpoint] | None:
-        network = self._store.networks.get(request.network_id)
+        network = self.store.networks.get(request.network_id)
         endpoint = None if network is None else network.endpoints.get(request.endpoint_id)
         return None if network is None or endpoint is None else (network, endpoint)
 
@@ -476,7 +402,7 @@ class IpamLifecycle:
 
     def __init__(self, driver: IpamDriver) -> None:
         self._driver = driver
-        self._locks = _Locks()
+        self._locks = Locks()
 
     def routes(self) -> Routes:
         """All methods."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from netplugin_sdk import messages
+from netplugin_sdk.calls import Call
+from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
 from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Routes
+from netplugin_sdk.reconcile import Reconciler
 from netplugin_sdk.state import Store
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class Plugin:
     Args:
         *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each; `docker` names both by the plugin's name.
         state: the folder that remembers networks and endpoints; None remembers them in memory only.
+        docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
 
     Raises:
         TypeError: there is no driver, two of a kind, or something else.
@@ -53,21 +57,30 @@ class Plugin:
     Werkzeug's test client.
     """
 
-    def __init__(self, *drivers: NetworkDriver[Any] | IpamDriver, state: Path | str | None = None) -> None:
+    def __init__(
+        self,
+        *drivers: NetworkDriver[Any] | IpamDriver,
+        state: Path | str | None = None,
+        docker: Path | str | None = None,
+    ) -> None:
+        refuse_inside_calls()
         kinds = {_kind(driver): driver for driver in drivers}
         if not drivers or len(kinds) != len(drivers):
             raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
         self._store: Store[Any] | None = None
-        self._lifecycle: NetworkLifecycle[Any] | None = None
+        self._reconciler: Reconciler[Any] | None = None
+        self._rests: Callable[[], None] = lambda: None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
         try:
             for kind, driver in kinds.items():
                 if isinstance(driver, NetworkDriver):
                     self._store = Store(None if state is None else Path(state), driver.options_type)
-                    self._lifecycle = NetworkLifecycle(driver, self._store)
-                    routes = self._lifecycle.routes()
-                    self._lifecycle.restore()
+                    lifecycle = NetworkLifecycle(driver, self._store)
+                    self._rests = lifecycle.close
+                    routes = lifecycle.routes()
+                    self._reconciler = Reconciler(lifecycle, None if docker is None else Path(docker))
+                    self._reconciler.start()
                 else:
                     routes = IpamLifecycle(driver).routes()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
@@ -75,11 +88,16 @@ class Plugin:
             self.close()
             raise
 
-    def handle(self, path: str, body: bytes) -> Answer:
+    def handle(self, path: str, body: bytes, call: Call | None = None) -> Answer:
         """Answer one call: `path` is ``/NetworkDriver.Join``, `body` its JSON. Never raises.
 
-        `log` is for afterwards, when the answer is on its way.
+        `log` is for afterwards, when the answer is on its way. `call` is for who may end the engine's wait before.
         """
+        with call or Call() as here:
+            here.method = path[1:]
+            return self._handle(path, body)
+
+    def _handle(self, path: str, body: bytes) -> Answer:
         started = time.perf_counter()
         try:
             kind, handler = self._routes[path]
@@ -129,8 +147,8 @@ class Plugin:
             _calls.handle(record)
 
     def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
-        if self._lifecycle is not None:
-            self._lifecycle.reap()  # an engine that starts may have forgotten what it had
+        if self._reconciler is not None:
+            self._reconciler.engine_starts()
         return self._implements
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -147,13 +165,22 @@ class Plugin:
         response = Response(answer.body, answer.status, content_type=CONTENT_TYPE)
         return response(environ, start_response)
 
+    def reconcile(self) -> None:
+        """Make what is in the kernel agree with what is on disk, and both with what Docker has; as at the start.
+
+        May be called from any thread but those of driver methods. What fails is logged.
+        """
+        if self._reconciler is not None:
+            self._reconciler.reconcile()
+
     def close(self) -> None:
         """Finish what is done after answers, and let the state folder go.
 
         Call it when no call is running; the plugin cannot be used afterwards.
         """
-        if self._lifecycle is not None:
-            self._lifecycle.close()
+        if self._reconciler is not None:
+            self._reconciler.close()
+        self._rests()
         if self._store is not None:
             self._store.close()
 

@@ -25,6 +25,7 @@ from typing_extensions import TypeVar
 
 from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.docker import Container
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData
 from netplugin_sdk.options import DriverOptions, from_text
@@ -228,6 +229,11 @@ class Endpoint(_Record[EndpointRow]):
     def sandbox(self) -> Sandbox | None:
         """The container's sandbox, from `join` to `leave`."""
         return None if self.join is None else Sandbox.of(messages.decode(messages.JoinRequest, self.join.request))
+
+    @property
+    def container(self) -> Container | None:
+        """The container that it is in, as far as Docker has told; see `NetworkDriver.container_attached`."""
+        return self.attached(Container)
 
     @property
     def external(self) -> EndpointOptions | None:

@@ -36,7 +36,7 @@ from netplugin_sdk import (
     Unsupported,
 )
 from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.lifecycle import _Locks
+from netplugin_sdk.background import Locks
 
 from .lab import (
     ENDPOINT,
@@ -702,7 +702,7 @@ def test_a_failed_call_gives_its_lock_back(driver: Publisher, docker: Docker) ->
 
 
 def test_a_lock_is_there_only_while_somebody_wants_it() -> None:
-    locks = _Locks()
+    locks = Locks()
     held = {"a": 0, "b": 0}
 
     def take(key: str) -> None:
@@ -1249,6 +1249,6 @@ def test_a_start_makes_again_what_is_on_disk(
     with Plugin(driver, state=tmp_path) as plugin:
         assert driver.calls == ["create_network", "program 18080"][: 1 if broken == "network" else 2]
         assert list(driver.networks) == [NETWORK]
-        assert bool([r for r in caplog.records if r.exc_info]) == (broken is not None)
+        assert bool([r for r in caplog.records if r.levelname == "ERROR"]) == (broken is not None)
         Docker(plugin)("NetworkDriver.DeleteNetwork", {"NetworkID": NETWORK})  # what failed can still be removed
         assert not driver.networks

@@ -1,0 +1,207 @@
+"""What is on disk held against the kernel and against Docker, and made to agree.
+
+At a start, on SIGHUP, and when something of ours vanished from the kernel. What is on disk counts: it is what Docker
+was told. What was half done is finished or undone; what is missing is made again, by the driver's own methods; what
+Docker does not know any more is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic
+
+from netplugin_sdk import losses
+from netplugin_sdk.background import Background, Inquiries
+from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.errors import NotFound
+from netplugin_sdk.lifecycle import NetworkLifecycle
+from netplugin_sdk.messages import Scope
+from netplugin_sdk.state import Endpoint, Network, OptionsT
+
+_log = logging.getLogger("netplugin_sdk")
+
+_BURST = 0.2  # seconds after a loss: they come together
+_TOLD = 10.0  # seconds until an engine that starts, or makes a network, is asked what it has
+_MISSING = 30.0  # seconds that Docker must not know a network or an endpoint before it is removed
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Attached to a network: which engine has listed it."""
+
+    engine: str
+
+
+class Reconciler(Generic[OptionsT]):
+    """Makes what is there agree with what is on disk.
+
+    `docker` is the engine's socket; with None no engine is asked.
+    """
+
+    def __init__(self, lifecycle: NetworkLifecycle[OptionsT], docker: Path | None) -> None:
+        self._lifecycle = lifecycle
+        self._driver = lifecycle.driver
+        self._networks = lifecycle.store.networks
+        self._inquiries = None if docker is None else Inquiries(docker)
+        self._repairs = Background("repairs")
+        self._pending = threading.Lock()  # held from a loss until its repair begins
+        self._missing: dict[str, float] = {}
+        """What Docker did not list: since when."""
+
+    def start(self) -> None:
+        """Before the first call."""
+        began = time.monotonic()
+        self.reconcile()
+        losses.hear(self._hear)
+        self._lifecycle.created = partial(self._compare_with_docker, _TOLD)
+        if self._driver.overrides("container_attached"):
+            self._lifecycle.joined = self._find_container
+        if self._networks:
+            _log.info("%d networks are restored, in %.2f s", len(self._networks), time.monotonic() - began)
+
+    def close(self) -> None:
+        """End what is done in the background."""
+        with suppress(ValueError):  # it was not started
+            losses.hear_no_more(self._hear)
+        if self._inquiries is not None:
+            self._inquiries.close()
+        self._repairs.wait()
+
+    def reconcile(self) -> None:
+        """Make it agree with the kernel now, and with Docker when Docker tells. What fails is logged."""
+        self._lifecycle.reap()
+        for network in tuple(self._networks.values()):
+            self._lifecycle.attempt("restore", network, partial(self._restore, network))
+        self._compare_with_docker(0.0)
+
+    def engine_starts(self) -> None:
+        """Delete what an engine that was killed has forgotten."""
+        self._lifecycle.reap()
+        self._compare_with_docker(_TOLD)
+
+    # --------------------------------------------------------------------------------------------- with the kernel
+
+    def _hear(self, loss: str) -> None:
+        _log.warning("%s: bringing it back", loss)
+        if self._pending.acquire(blocking=False):
+            self._repairs.submit(self._repair)
+
+    def _repair(self) -> None:
+        time.sleep(_BURST)
+        self._pending.release()
+        self.reconcile()
+
+    def _restore(self, network: Network[OptionsT]) -> None:
+        lifecycle, driver = self._lifecycle, self._driver
+        with lifecycle.hold(network):
+            if self._networks.get(network.id) is not network:
+                return  # deleted meanwhile
+            if network.row.intent is not None:  # CreateNetwork or DeleteNetwork, which nobody will ask for again
+                _log.warning("%r: %s was not finished: removing it", network, network.row.intent)
+                lifecycle.drop_network(network)
+                return
+            for endpoint in tuple(network.endpoints.values()):
+                if endpoint.row.intent in ("CreateEndpoint", "DeleteEndpoint"):
+                    _log.warning("%r: %s was not finished: removing it", endpoint, endpoint.row.intent)
+                    lifecycle.attempt("remove", endpoint, partial(lifecycle.drop_endpoint, network, endpoint))
+            driver.create_network(network)
+            for endpoint in tuple(network.endpoints.values()):
+                lifecycle.attempt("restore", endpoint, partial(self._restore_endpoint, network, endpoint))
+
+    def _restore_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        if endpoint.row.intent is not None:
+            return
+        if endpoint.join is not None:
+            self._driver.restore_endpoint(network, endpoint)
+            if endpoint.container is None and self._driver.overrides("container_attached"):
+                self._find_container(network, endpoint)
+        if endpoint.external is not None:
+            self._driver.program_external_connectivity(network, endpoint, endpoint.external)
+
+    # ------------------------------------------------------------------------------------------------- with Docker
+
+    def _find_container(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        if self._inquiries is not None:
+            self._inquiries.ask(partial(self._ask_for_container, network, endpoint))
+
+    def _ask_for_container(self, network: Network[OptionsT], endpoint: Endpoint, docker: Docker) -> bool:
+        if not self._is_joined(network, endpoint):
+            return True
+        container = None
+        if (container_id := docker.endpoints(network.id).get(endpoint.id)) is not None:
+            container = docker.container(container_id)
+        if container is None:
+            return False
+        with self._lifecycle.hold(network):
+            if self._is_joined(network, endpoint):
+                self._driver.container_attached(network, endpoint, container)
+                with suppress(NotFound):
+                    endpoint.attach(container)
+        return True
+
+    def _is_joined(self, network: Network[OptionsT], endpoint: Endpoint) -> bool:
+        return network.endpoints.get(endpoint.id) is endpoint and endpoint.join is not None
+
+    def _compare_with_docker(self, delay: float) -> None:
+        # A swarm's networks are not listed by nodes that do not use them.
+        if self._inquiries is not None and self._networks and self._driver.scope == Scope.LOCAL:
+            self._inquiries.ask(self._compare, delay)
+
+    def _compare(self, docker: Docker) -> bool:
+        engine = docker.call("GET", "/info")["ID"]
+        listed = docker.networks()
+        known = 0
+        missing: list[Network[OptionsT] | Endpoint] = []
+        for network in tuple(self._networks.values()):
+            before = network.attached(Listed)
+            if network.id in listed:
+                known += 1
+                if before != Listed(engine):
+                    with suppress(NotFound):
+                        network.attach(Listed(engine))
+                missing += self._unknown_endpoints(network, docker)
+            elif before is None or before.engine == engine:
+                missing.append(network)
+        now = time.monotonic()
+        self._missing = {record.id: self._missing.get(record.id, now) for record in missing}
+        # Another engine may listen at that socket than the one that uses this plugin.
+        certain = [r for r in missing if known or (isinstance(r, Network) and r.attached(Listed) is not None)]
+        for record in certain:
+            if now - self._missing[record.id] >= _MISSING:
+                self._lifecycle.attempt("remove", record, partial(self._remove, record))
+        if any(record.id in self._missing for record in certain):
+            self._compare_with_docker(_MISSING)
+        return True
+
+    def _unknown_endpoints(self, network: Network[OptionsT], docker: Docker) -> list[Endpoint]:
+        ours = [endpoint for endpoint in tuple(network.endpoints.values()) if endpoint.row.intent is None]
+        if not ours:
+            return []
+        try:
+            known = docker.endpoints(network.id)
+        except DockerError as error:
+            if error.http_status == 404:
+                return []  # removed meanwhile
+            raise
+        return [endpoint for endpoint in ours if endpoint.id not in known]
+
+    def _remove(self, record: Network[OptionsT] | Endpoint) -> None:
+        network = record if isinstance(record, Network) else self._networks.get(record.network_id)
+        if network is None:
+            return
+        with self._lifecycle.hold(network):
+            if isinstance(record, Endpoint):
+                if network.endpoints.get(record.id) is record:
+                    _log.warning("%r is unknown to Docker: deleting it", record)
+                    self._lifecycle.free(network, record)
+            elif self._networks.get(record.id) is record:
+                _log.warning("%r is unknown to Docker: deleting it", record)
+                self._lifecycle.store.save(record, intent="DeleteNetwork")
+                self._lifecycle.drop_network(record)
+            self._missing.pop(record.id, None)
