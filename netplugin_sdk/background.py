@@ -38,11 +38,14 @@ class _Due:
 class Locks:
     """A lock for each key, there only while somebody holds or wants it."""
 
+    _PATIENCE = 30.0
+    """Seconds: longer than an engine waits for an answer, so that threads do not gather before one that is stuck."""
+
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._locks: dict[str, _CountedLock] = {}
 
-    def hold(self, key: str, patience: float = -1) -> _Held:
+    def hold(self, key: str, patience: float = _PATIENCE) -> _Held:
         """A context manager that holds the lock of `key`.
 
         Raises `Unavailable` as it is entered, if it is not to be had in `patience` seconds.
@@ -72,7 +75,7 @@ class _Held:
             counted.users += 1
         if not counted.lock.acquire(timeout=self._patience):
             self._leave(counted)
-            raise Unavailable(f"{self._key[:12]} has been busy for {self._patience:g} seconds")
+            raise Unavailable(f"{self._key[:12] or 'the driver'} has been busy for {self._patience:g} seconds")
 
     def __exit__(self, *_: object) -> None:
         counted = self._locks[self._key]

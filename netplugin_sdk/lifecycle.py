@@ -143,7 +143,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             self.store.save(network, intent="CreateNetwork")
             try:
                 self.driver.create_network(network)
-                calls.refuse_if_late()
+                calls.settle()
                 self.store.save(network, intent=None)
             except Exception:
                 self._undo(network, "CreateNetwork", lambda: self.drop_network(network))
@@ -222,7 +222,7 @@ class NetworkLifecycle(Generic[OptionsT]):
                 answer = messages.encode(
                     messages.CreateEndpointAnswer(messages.only_new(filled, beside=request.interface))
                 )
-                calls.refuse_if_late()
+                calls.settle()
                 self.store.save(endpoint, intent=None, answer=answer)
             except Exception:
                 self._undo(endpoint, "CreateEndpoint", lambda: self.drop_endpoint(network, endpoint))
@@ -275,7 +275,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             try:
                 join = self.driver.join(network, endpoint, Sandbox.of(request))
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
-                calls.refuse_if_late()
+                calls.settle()
                 self.store.save_join(endpoint, body, answer)
                 if leaving and endpoint.row.external_request is None:  # else it is half revoked, and stays so
                     self.store.save(endpoint, intent=None)
@@ -322,7 +322,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             self.store.save(endpoint, intent="ProgramExternalConnectivity", external_request=body)
             try:
                 self.driver.program_external_connectivity(network, endpoint, request.options)
-                calls.refuse_if_late()
+                calls.settle()
                 self.store.save(endpoint, intent=None)
             except Exception:
                 self._undo(endpoint, "ProgramExternalConnectivity", lambda: self._drop_external(network, endpoint))

@@ -166,12 +166,12 @@ class Plugin:
         return response(environ, start_response)
 
     def reconcile(self) -> None:
-        """Make what is in the kernel agree with what is on disk, and both with what Docker has; as at the start.
+        """Begin to make what is in the kernel agree with what is on disk, and both with what Docker has.
 
-        May be called from any thread but those of driver methods. What fails is logged.
+        It is done in the background, as after the loss of an interface; each repair, and what fails, is logged.
         """
         if self._reconciler is not None:
-            self._reconciler.reconcile()
+            self._reconciler.request()
 
     def close(self) -> None:
         """Finish what is done after answers, and let the state folder go.

@@ -8,6 +8,7 @@ Docker does not know any more is removed.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from contextlib import suppress
@@ -26,7 +27,7 @@ from netplugin_sdk.state import Endpoint, Network, OptionsT
 
 _log = logging.getLogger("netplugin_sdk")
 
-_BURST = 0.2  # seconds after a loss: they come together
+_BURST, _CALM = 0.2, 30.0  # seconds from a loss to its repair, since they come together: at first, and at most
 _TOLD = 10.0  # seconds until an engine that starts, or makes a network, is asked what it has
 _MISSING = 30.0  # seconds that Docker must not know a network or an endpoint before it is removed
 
@@ -50,14 +51,16 @@ class Reconciler(Generic[OptionsT]):
         self._networks = lifecycle.store.networks
         self._inquiries = None if docker is None else Inquiries(docker)
         self._repairs = Background("repairs")
-        self._pending = threading.Lock()  # held from a loss until its repair begins
+        self._pending = threading.Lock()  # held from a request until its repair begins
+        self._closing = threading.Event()
+        self._pause, self._repaired = _BURST, -math.inf
         self._missing: dict[str, float] = {}
         """What Docker did not list: since when."""
 
     def start(self) -> None:
         """Before the first call."""
         began = time.monotonic()
-        self.reconcile()
+        self._reconcile()
         losses.hear(self._hear)
         self._lifecycle.created = partial(self._compare_with_docker, _TOLD)
         if self._driver.overrides("container_attached"):
@@ -69,11 +72,17 @@ class Reconciler(Generic[OptionsT]):
         """End what is done in the background."""
         with suppress(ValueError):  # it was not started
             losses.hear_no_more(self._hear)
+        self._closing.set()
         if self._inquiries is not None:
             self._inquiries.close()
         self._repairs.wait()
 
-    def reconcile(self) -> None:
+    def request(self) -> None:
+        """Have it agree soon, by a thread of its own."""
+        if self._pending.acquire(blocking=False):
+            self._repairs.submit(self._repair)
+
+    def _reconcile(self) -> None:
         """Make it agree with the kernel now, and with Docker when Docker tells. What fails is logged."""
         self._lifecycle.reap()
         for network in tuple(self._networks.values()):
@@ -89,13 +98,17 @@ class Reconciler(Generic[OptionsT]):
 
     def _hear(self, loss: str) -> None:
         _log.warning("%s: bringing it back", loss)
-        if self._pending.acquire(blocking=False):
-            self._repairs.submit(self._repair)
+        self.request()
 
     def _repair(self) -> None:
-        time.sleep(_BURST)
+        if time.monotonic() - self._repaired > _CALM:
+            self._pause = _BURST
+        stopped = self._closing.wait(self._pause)
         self._pending.release()
-        self.reconcile()
+        if not stopped:
+            self._reconcile()
+            # Somebody may take it away again and again: they do not share a processor for ever.
+            self._pause, self._repaired = min(2 * self._pause, _CALM), time.monotonic()
 
     def _restore(self, network: Network[OptionsT]) -> None:
         lifecycle, driver = self._lifecycle, self._driver

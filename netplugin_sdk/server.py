@@ -24,6 +24,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -35,12 +36,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import httptools
 import msgspec
 
+from netplugin_sdk.calls import Call
+from netplugin_sdk.docker import SOCKET
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, Unavailable
 from netplugin_sdk.plugin import CONTENT_TYPE, Answer, Plugin, refusal
 
 if TYPE_CHECKING:
     import ssl
+    from typing import TypeAlias
+
+    _Listener: TypeAlias = "tuple[socket.socket, ssl.SSLContext | None, _Peers | None]"
 
 PLUGIN_FOLDER = Path("/run/docker/plugins")
 """Where Docker looks for plugin sockets first."""
@@ -56,9 +62,12 @@ _log = logging.getLogger("netplugin_sdk")
 _BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 _CHUNK = 64 * 1024
 _PATIENCE = 0.002  # seconds that one call may hold up others; a change of threads costs a twentieth
+_LOOK = 0.4  # of the time for a call, after which the log says where it is
 _UNLOGGED = 64  # calls whose lines may wait while others are served
 _OFTEN = 3  # slow calls that make a method a slow one
 _FIRST_SYSTEMD_FD = 3
+_CREDENTIALS = struct.Struct("iII")  # struct ucred
+_SO_PEERGROUPS = 59  # asm-generic/socket.h
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -75,6 +84,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """From a request's first byte to its last, and for sending an answer."""
     idle_time: float = 600.0
     """Between two requests of a connection."""
+    call_time: float = 25.0
+    """For the driver's method. Then the engine is told that it took too long, and what the method creates is undone;
+    before, the log says where it hangs."""
     drain_time: float = 10.0
     """For the calls that run when the server stops."""
 
@@ -105,7 +117,7 @@ class _Refused(Exception):
         self.status = status
 
 
-class _Call(msgspec.Struct):
+class _Request(msgspec.Struct):
     method: bytes
     target: bytes
     body: bytes
@@ -122,7 +134,7 @@ class _RequestReader:
         self._limits = limits
         self._send_continue = send_continue
         self._parser = httptools.HttpRequestParser(self)
-        self._calls: list[_Call] = []
+        self._requests: list[_Request] = []
         self.refused: _Refused | None = None
         self._fed = 0  # bytes of data that held some of the unfinished request
         self._in_head = True
@@ -136,9 +148,9 @@ class _RequestReader:
         """Whether a request has begun and is not complete."""
         return self._fed > 0
 
-    def feed(self, data: bytes) -> list[_Call]:
+    def feed(self, data: bytes) -> list[_Request]:
         """The requests that `data` completes; look at `refused` after them."""
-        self._calls = []
+        self._requests = []
         self._fed += len(data)
         try:
             self._parser.feed_data(data)
@@ -151,7 +163,7 @@ class _RequestReader:
         except httptools.HttpParserError as error:
             raised = error.__context__  # by one of the methods below
             self.refused = raised if isinstance(raised, _Refused) else _Refused(400, f"not an HTTP request: {error}")
-        return self._calls
+        return self._requests
 
     def _check_head(self, size: int) -> None:
         if size > self._limits.head:
@@ -193,8 +205,8 @@ class _RequestReader:
 
     def on_message_complete(self) -> None:
         parser = self._parser
-        self._calls.append(
-            _Call(parser.get_method(), self._target, b"".join(self._body), bool(parser.should_keep_alive()))
+        self._requests.append(
+            _Request(parser.get_method(), self._target, b"".join(self._body), bool(parser.should_keep_alive()))
         )
         self._in_head, self._fed = True, 0
 
@@ -211,8 +223,9 @@ class _Connection:
         self._reader = _RequestReader(limits, lambda: self._send(b"HTTP/1.1 100 Continue\r\n\r\n"))
         self._lingers = False  # only waits for the client to read why it was refused
         self._overdue = False
+        self._call: Call | None = None  # that runs
         self.deadline = time.monotonic() + limits.idle_time
-        """Until when it must have said more; infinite while a call runs."""
+        """Until when it must have said more; while a call runs, until when that is looked at."""
         if tls is not None:
             import ssl  # noqa: PLC0415  # 10 ms that only TLS needs
 
@@ -242,9 +255,25 @@ class _Connection:
         self._socket.close()
 
     def expire(self) -> None:
-        """Its deadline is over: make `receive` be called, which ends it."""
-        self._overdue = True
-        self.stop_reading()
+        """Its deadline is over: end it, or while a call runs, look at that. Called by the watch."""
+        if (call := self._call) is not None:
+            self._hurry(call)
+        else:
+            self._overdue = True  # `receive` is called, and ends it
+            self.stop_reading()
+
+    def _hurry(self, call: Call) -> None:
+        seconds, patience = time.monotonic() - call.began, self._server.limits.call_time
+        if seconds < patience:
+            _log.warning("%s has been running for %.0f s:\n%s", call.method, seconds, _stack(call.thread))
+            self.deadline = call.began + patience
+        elif call.give_up():
+            self.deadline = math.inf
+            _log.error("%s took over %g s: the engine waits no more\n%s", call.method, patience, _stack(call.thread))
+            answer = refusal(503, f"{call.method} took over {patience:g} seconds")
+            with suppress(OSError):
+                self._send(_head(answer, keep_alive=False) + answer.body)
+            self.abort()
 
     def stop_reading(self) -> None:
         """Let the client send nothing more. What was received is still answered."""
@@ -280,22 +309,27 @@ class _Connection:
 
     def _answer_all(self, data: bytes) -> bool:
         """Answer the requests that `data` completes; False when the client wants no more."""
-        for call in self._reader.feed(data):
-            self.deadline = math.inf
-            answer = self._answer(call)
-            keep_alive = call.keep_alive and not self._server.stopping
-            self._send(_head(answer, keep_alive) + answer.body)
+        for request in self._reader.feed(data):
+            call = self._call = Call()
+            self.deadline = call.began + self._server.limits.call_time * _LOOK
+            answer = self._answer(request, call)
             self._server._answered.append(answer)
+            self._call = None
+            if not call.settle():
+                return False  # the watch has answered
+            self.deadline = math.inf
+            keep_alive = request.keep_alive and not self._server.stopping
+            self._send(_head(answer, keep_alive) + answer.body)
             if not keep_alive:
                 return False
         return True
 
-    def _answer(self, call: _Call) -> Answer:
-        path = call.target.partition(b"?")[0].decode("latin-1")
-        if call.method != b"POST":
-            return self._server.plugin.refuse_method(call.method.decode("latin-1"), path)
+    def _answer(self, request: _Request, call: Call) -> Answer:
+        path = request.target.partition(b"?")[0].decode("latin-1")
+        if request.method != b"POST":
+            return self._server.plugin.refuse_method(request.method.decode("latin-1"), path)
         self._server._expect(self, path)
-        answer = self._server.plugin.handle(path, call.body)
+        answer = self._server.plugin.handle(path, request.body, call)
         self._server._learn(path, answer)
         return answer
 
@@ -334,6 +368,12 @@ def _head(answer: Answer, keep_alive: bool) -> bytes:
     return head + (b"\r\n" if keep_alive else b"Connection: close\r\n\r\n")
 
 
+def _stack(thread: int) -> str:
+    """Where a thread is now."""
+    frame = sys._current_frames().get(thread)
+    return "".join(traceback.format_stack(frame)).rstrip() if frame else "(it has ended)"
+
+
 @cache
 def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: {CONTENT_TYPE}\r\n".encode()
@@ -356,7 +396,7 @@ class Server:
         self.plugin = plugin
         self.limits = limits or Limits()
         self.stopping = False
-        self._listeners: dict[int, tuple[socket.socket, ssl.SSLContext | None]] = {}
+        self._listeners: dict[int, _Listener] = {}
         self._connections: dict[int, _Connection] = {}
         self._cleanup = ExitStack()
         self._lock = threading.Lock()  # of the fields below and of what epoll is told
@@ -492,7 +532,8 @@ class Server:
 
     def _add(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         listener.setblocking(False)
-        self._listeners[listener.fileno()] = (listener, tls)
+        peers = _Peers.of(listener) if listener.family == socket.AF_UNIX else None
+        self._listeners[listener.fileno()] = (listener, tls, peers)
 
     def run(self) -> None:
         """Serve until `stop` is called; then answer the calls that run, for `Limits.drain_time` at most."""
@@ -544,6 +585,9 @@ class Server:
                 self._serve(connection, me)
             elif (listening := self._listeners.get(fd)) is not None:
                 self._accept(*listening)
+            elif fd == self._waker:
+                os.eventfd_read(fd)
+                _notify_systemd("WATCHDOG=1")
             if self._leader is not me:
                 return  # what is left of the events comes again to the next leader
 
@@ -579,7 +623,7 @@ class Server:
         elif not self._accepting:
             self._accept_more(True)
 
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, peers: _Peers | None) -> None:
         try:
             client, _ = listener.accept()
         except OSError as error:
@@ -588,6 +632,10 @@ class Server:
                 time.sleep(0.1)
             return  # else: gone already
         try:
+            if peers is not None and (stranger := peers.stranger(client)):
+                _log.warning("refused a connection by %s", stranger)
+                client.close()
+                return
             connection = _Connection(client, self, tls)
         except OSError as error:
             _log.debug("connection ended: %s", error)
@@ -639,10 +687,12 @@ class Server:
 
     def _watch(self, done: Callable[[], bool], until: float = math.inf) -> None:
         """Until it is done: let another thread lead when a call holds up the leader, and end what is overdue."""
-        seen, look = -1, 0.0
+        seen, look, heartbeat = -1, 0.0, _heartbeat()
         while not done() and (now := time.monotonic()) < until:
             if now >= look:
-                look = self._end_overdue(now)
+                look = min(self._end_overdue(now), now + heartbeat)
+                if heartbeat < math.inf:
+                    os.eventfd_write(self._waker, 1)  # whoever leads tells systemd
             connection, begun = self._served, self._begun
             if connection is None and begun == seen:
                 self._awake = False
@@ -666,8 +716,9 @@ class Server:
         for connection in connections:
             if connection.deadline <= now:
                 connection.expire()
+        limits = self.limits
         soonest = min((c.deadline for c in connections if c.deadline > now), default=math.inf)
-        return min(soonest, now + self.limits.request_time, now + self.limits.idle_time)
+        return min(soonest, *(now + time for time in (limits.request_time, limits.idle_time, limits.call_time * _LOOK)))
 
     def _drain(self) -> None:
         until = time.monotonic() + self.limits.drain_time
@@ -691,7 +742,7 @@ class Server:
     def _withdraw(self) -> None:
         """Listen no more, and remove what says that we do."""
         self._cleanup.close()
-        for listener, _ in self._listeners.values():
+        for listener, *_ in self._listeners.values():
             listener.close()
         self._listeners.clear()
 
@@ -702,6 +753,40 @@ class Server:
         self._withdraw()
         self._epoll.close()
         os.close(self._waker)
+
+
+class _Peers(msgspec.Struct, frozen=True):
+    """Who may call at a unix socket: root, this process's user, the socket's owner, and its group if that may write.
+
+    Looked at for each connection (SO_PEERCRED, unix(7)), since a mode can be wider than it was meant, or changed.
+    """
+
+    users: frozenset[int]
+    groups: frozenset[int]
+
+    @classmethod
+    def of(cls, listener: socket.socket) -> _Peers:
+        users, groups = {0, os.geteuid()}, set()
+        name = listener.getsockname()
+        if isinstance(name, str) and name:  # neither abstract nor without a name
+            with suppress(OSError):
+                made = Path(name).stat()
+                users.add(made.st_uid)
+                if made.st_mode & stat.S_IWGRP:
+                    groups.add(made.st_gid)
+        return cls(frozenset(users), frozenset(groups))
+
+    def stranger(self, client: socket.socket) -> str | None:
+        """Who it is, in words, if it may not."""
+        pid, user, group = _CREDENTIALS.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user in self.users or group in self.groups:
+            return None
+        if self.groups:
+            with suppress(OSError):  # over 256 groups
+                others = client.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+                if self.groups.intersection(struct.unpack(f"{len(others) // 4}I", others)):
+                    return None
+        return f"process {pid} of user {user}, group {group}"
 
 
 @contextmanager
@@ -730,7 +815,7 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:
             raise Conflict(f"{path} is already served by a busy process") from None
-        pid, _uid, _gid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, *_ = _CREDENTIALS.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         raise Conflict(f"{path} is already served by pid {pid}")
 
 
@@ -803,6 +888,7 @@ def serve(
     tls: TLSFiles | None = None,
     plain_tcp: bool = False,
     state: Path | str | None = None,
+    docker: Path | str | None = SOCKET,
     limits: Limits | None = None,
     log_format: Literal["text", "json"] = "text",
     log_level: str = "INFO",
@@ -810,7 +896,8 @@ def serve(
     """Serve drivers to the Docker Engine of this host until SIGTERM or SIGINT: the whole of a plugin's ``main``.
 
     It listens on the sockets that systemd hands over, else on `tcp` if that is given, else on a unix socket. It tells
-    systemd when it is ready and when it stops (sd_notify(3)), and logs one line a call to standard error.
+    systemd when it is ready, that it lives and when it stops (sd_notify(3)), and logs one line a call to standard
+    error. SIGHUP makes it hold what it knows against the kernel and Docker (`Plugin.reconcile`).
 
     Args:
         *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each.
@@ -823,6 +910,7 @@ def serve(
         tls: files for TLS with client certificates on `tcp`, or on a TCP socket of systemd's.
         plain_tcp: insist on TCP without `tls` beyond the loopback addresses.
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
+        docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
         limits: what one client may cost.
         log_format: ``text``, or ``json`` for one object a line.
         log_level: of the standard library's `logging`; DEBUG shows each connection.
@@ -835,9 +923,9 @@ def serve(
         raise ValueError(f"{name!r} cannot be a plugin's name: letters, digits, and _ . - after the first")
     _configure_logging(log_format, log_level)
     with (
-        Plugin(*drivers, state=STATE_FOLDER / name if state is None else state) as plugin,
+        Plugin(*drivers, state=STATE_FOLDER / name if state is None else state, docker=docker) as plugin,
         Server(plugin, limits) as server,
-        _signals_stop(server),  # before anybody can see that it listens
+        _signals(server),  # before anybody can see that it listens
     ):
         if server.listen_systemd(tls=tls, plain=plain_tcp):
             where = "the sockets of systemd"
@@ -855,12 +943,16 @@ def serve(
 
 
 @contextmanager
-def _signals_stop(server: Server) -> Iterator[None]:
+def _signals(server: Server) -> Iterator[None]:
     def stop(*_: object) -> None:
         _notify_systemd("STOPPING=1")
         server.stop()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def reconcile(*_: object) -> None:
+        server.plugin.reconcile()
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reconcile}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -874,6 +966,13 @@ def _notify_systemd(state: str) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, suppress(OSError):
         notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _heartbeat() -> float:
+    """Seconds until systemd wants to hear of us again; half of what it allows, if it does (sd_watchdog_enabled(3))."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return math.inf
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or math.inf
 
 
 def _configure_logging(form: Literal["text", "json"], level: str) -> None:

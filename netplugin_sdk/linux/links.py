@@ -3,6 +3,8 @@
 Every function makes it so if it is not, so it can be run again after a crash at any point. A name that the kernel
 would not take raises `InvalidRequest` before the kernel is asked; whatever the kernel refuses raises `LinkError`.
 All functions may be called from any number of threads.
+
+What somebody else takes away from an interface that was made here is told to `netplugin_sdk.losses`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
+from netplugin_sdk.linux.watch import Made, Watch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +104,16 @@ def ensure_veth(
     _netlink.run(_ensure_veth, host, inside, master=master, mtu=mtu, mac=mac)
 
 
+def attach(name: str, master: str) -> bool:
+    """Make an interface a port of the bridge `master` and set it up, if it is here. False if there is none of its name.
+
+    Raises `LinkError` if there is no `master` or the kernel refuses.
+    """
+    _check_name(name)
+    _check_name(master)
+    return _netlink.run(_attach, name, master)
+
+
 def give_back(name: str, *, mtu: int, up: bool, without: Iterable[IPv4Interface | IPv6Interface] = ()) -> None:
     """Leave an interface that was adopted as it was: with this MTU in bytes, up or down, `without` these addresses.
 
@@ -135,8 +148,9 @@ def close() -> None:
     """Wait for the operations under way, then end the worker threads and close their sockets; the next use starts anew.
 
     Done by itself when the interpreter exits. A worker stays in the network namespace of the thread whose call
-    started it: a process that changes its namespace closes first.
+    started it: a process that changes its namespace closes first. What was made is watched no more.
     """
+    _watch.close()
     _netlink.close()
 
 
@@ -203,6 +217,7 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
 
 
 _netlink = _Workers()
+_watch = Watch(lambda name, made: _netlink.run(_what_is_wrong, name, made))
 atexit.register(close)
 
 
@@ -235,6 +250,8 @@ def _ensure_bridge(
         for address in addresses:
             if address not in present:
                 _add_address(ipr, cannot, index, address)
+        if index is not None:
+            _watch.expect(name, Made(index, addresses=addresses))
     except BaseException:
         if created:
             with suppress(LinkError):
@@ -253,6 +270,7 @@ def _add_address(ipr: Any, cannot: str, index: int | None, address: IPv4Interfac
 
 
 def _give_back(ipr: Any, name: str, mtu: int, up: bool, addresses: tuple[IPv4Interface | IPv6Interface, ...]) -> None:
+    _watch.expect_no_more(name)
     if (index := _index(name)) is None:
         return
     try:
@@ -270,9 +288,7 @@ def _give_back(ipr: Any, name: str, mtu: int, up: bool, addresses: tuple[IPv4Int
 
 def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: int | None, mac: str | None) -> None:
     cannot = f"veth {host}: cannot"
-    master_index = None
-    if master is not None and (master_index := _index(master)) is None:
-        raise LinkError(f"{cannot} attach to {master}", OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
+    master_index = None if master is None else _master(f"{cannot} attach to {master}", master)
     outer = _given(master=master_index, mtu=mtu)
     inner = _given(mtu=mtu, address=mac)
 
@@ -281,24 +297,47 @@ def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: i
 
     try:
         try:
-            return create()
+            create()
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
-        there, here = _get(ipr, host), _get(ipr, inside)
-        if there is not None and _kind(there) != "veth":
-            raise Conflict(f"{cannot} create: {_a(_kind(there))} interface has this name")
-        if here is not None and not (there is not None and _are_pair(there, here)):
-            raise Conflict(f"{cannot} create: {inside} exists and is not its other end")
-        if there is not None and here is not None:
-            ipr.link("set", index=there["index"], state="up", **outer)
-            if inner:
-                ipr.link("set", index=here["index"], **inner)
-            return None
-        _delete(ipr, host)
-        return create()
+            there, here = _get(ipr, host), _get(ipr, inside)
+            if there is not None and _kind(there) != "veth":
+                raise Conflict(f"{cannot} create: {_a(_kind(there))} interface has this name") from None
+            if here is not None and not (there is not None and _are_pair(there, here)):
+                raise Conflict(f"{cannot} create: {inside} exists and is not its other end") from None
+            if there is not None and here is not None:
+                ipr.link("set", index=there["index"], state="up", **outer)
+                if inner:
+                    ipr.link("set", index=here["index"], **inner)
+            else:
+                _delete(ipr, host)
+                create()
     except NetlinkError as error:
         raise LinkError(f"{cannot} create with {inside}", error) from error
+    if (index := _index(host)) is not None:
+        _watch.expect(host, Made(index, master=master_index))
+
+
+def _attach(ipr: Any, name: str, master: str) -> bool:
+    cannot = f"interface {name}: cannot attach to {master}"
+    if (index := _index(name)) is None:
+        return False
+    master_index = _master(cannot, master)
+    try:
+        ipr.link("set", index=index, master=master_index, state="up")
+    except NetlinkError as error:
+        if error.code == errno.ENODEV and _index(name) is None:
+            return False
+        raise LinkError(cannot, error) from error
+    _watch.expect(name, Made(index, master=master_index))
+    return True
+
+
+def _master(cannot: str, master: str) -> int:
+    if (index := _index(master)) is None:
+        raise LinkError(cannot, OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
+    return index
 
 
 def _are_pair(one: Any, other: Any) -> bool:
@@ -312,6 +351,7 @@ def _are_pair(one: Any, other: Any) -> bool:
 
 
 def _delete(ipr: Any, name: str) -> bool:
+    _watch.expect_no_more(name)
     try:
         ipr.link("del", ifname=name)
     except NetlinkError as error:
@@ -319,6 +359,22 @@ def _delete(ipr: Any, name: str) -> bool:
             return False
         raise LinkError(f"interface {name}: cannot delete", error) from error
     return True
+
+
+def _what_is_wrong(ipr: Any, name: str, made: Made) -> str | None:
+    """With an interface that was made here, if anything is."""
+    message = _get(ipr, name)
+    if message is None or message["index"] != made.index:
+        return "is gone"
+    if not message["flags"] & _IFF_UP:
+        return "is down"
+    if made.master is not None and message.get("master") != made.master:
+        return "is no port of its bridge any more"
+    if made.addresses:
+        present = _describe(ipr, name).addresses
+        if lost := [str(address) for address in made.addresses if address not in present]:
+            return f"has lost {', '.join(lost)}"
+    return None
 
 
 def _describe(ipr: Any, name: str) -> Link:

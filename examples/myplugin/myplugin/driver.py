@@ -121,6 +121,10 @@ class BridgeDriver(NetworkDriver[Options]):
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         """The engine takes the inner end out of the container."""
 
+    def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
+        """The bridge may be another one than before."""
+        links.attach(endpoint.interface_name("ve"), _bridge(network))
+
     def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
         """The pair goes with the container's network namespace."""
         return not links.exists(endpoint.interface_name("ve"))
