@@ -64,6 +64,16 @@ class NetworkLifecycle(Generic[OptionsT]):
         self.store.save(endpoint, intent="DeleteEndpoint")
         self._finish(endpoint, self._end_endpoint(network, endpoint))
 
+    def settle(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        """Finish or undo what is half done with an endpoint. The network is held."""
+        match endpoint.row.intent:
+            case "CreateEndpoint" | "DeleteEndpoint":
+                self.drop_endpoint(network, endpoint)
+            case "Leave":
+                self._end_join(network, endpoint)
+            case "ProgramExternalConnectivity" | "RevokeExternalConnectivity":
+                self._drop_external(network, endpoint)
+
     def hold(self, network: Network[OptionsT]) -> AbstractContextManager[None]:
         """Hold off calls on the network. Raises `Unavailable` where one of them goes on for long."""
         return self._locks.hold(network.id, _PATIENCE)
@@ -293,11 +303,14 @@ class NetworkLifecycle(Generic[OptionsT]):
                 return _DONE
             network, endpoint = found
             self.store.save(endpoint, intent="Leave")
-            if endpoint.row.external_request is not None:
-                self._drop_external(network, endpoint, then="Leave")
-            self._drop_join(network, endpoint)
-            self.store.save(endpoint, intent=None)
+            self._end_join(network, endpoint)
             return _DONE
+
+    def _end_join(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
+        if endpoint.row.external_request is not None:
+            self._drop_external(network, endpoint, then="Leave")
+        self._drop_join(network, endpoint)
+        self.store.save(endpoint, intent=None)
 
     def _drop_join(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         self.driver.leave(network, endpoint)

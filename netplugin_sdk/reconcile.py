@@ -120,9 +120,9 @@ class Reconciler(Generic[OptionsT]):
                 lifecycle.drop_network(network)
                 return
             for endpoint in tuple(network.endpoints.values()):
-                if endpoint.row.intent in ("CreateEndpoint", "DeleteEndpoint"):
-                    _log.warning("%r: %s was not finished: removing it", endpoint, endpoint.row.intent)
-                    lifecycle.attempt("remove", endpoint, partial(lifecycle.drop_endpoint, network, endpoint))
+                if endpoint.row.intent is not None:
+                    _log.warning("%r: %s was not finished: finishing or undoing it", endpoint, endpoint.row.intent)
+                    lifecycle.attempt("settle", endpoint, partial(lifecycle.settle, network, endpoint))
             driver.create_network(network)
             for endpoint in tuple(network.endpoints.values()):
                 lifecycle.attempt("restore", endpoint, partial(self._restore_endpoint, network, endpoint))
