@@ -10,6 +10,7 @@ The file is read once, when it is opened; from then on the objects in memory are
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 import threading
@@ -30,6 +31,8 @@ from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData
 from netplugin_sdk.options import DriverOptions, from_text
 
+_log = logging.getLogger("netplugin_sdk")
+
 OptionsT = TypeVar("OptionsT", bound=DriverOptions, default=DriverOptions)
 DataT = TypeVar("DataT")
 
@@ -44,7 +47,6 @@ Operation: TypeAlias = Literal[
     "RevokeExternalConnectivity",
 ]
 
-_SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE networks (
     key INTEGER PRIMARY KEY,
@@ -69,6 +71,8 @@ CREATE TABLE joins (
     answer BLOB NOT NULL
 );
 """
+_MIGRATIONS = (_SCHEMA,)
+"""SQL that leads from each version of the file to the next. An empty file has version 0. Released ones never change."""
 
 
 class NetworkRow(msgspec.Struct, frozen=True):
@@ -340,9 +344,9 @@ class Store(Generic[OptionsT]):
     def _prepare(self, file: str) -> None:
         db = self._db
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _SCHEMA_VERSION):
+        if not 0 <= version <= len(_MIGRATIONS):
             raise Unavailable(
-                f"the state file {file} has version {version} and this SDK knows version {_SCHEMA_VERSION}; "
+                f"the state file {file} has version {version} and this SDK knows versions up to {len(_MIGRATIONS)}; "
                 "it is left as it is"
             )
         db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
@@ -351,8 +355,13 @@ class Store(Generic[OptionsT]):
         db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
         # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
         db.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT")
+        if 0 < version < len(_MIGRATIONS):
+            kept = Path(f"{file}.version-{version}")
+            kept.unlink(missing_ok=True)  # half of one
+            db.execute("VACUUM INTO ?", (str(kept),))
+            _log.warning("the state file %s becomes version %d; as it was it stays in %s", file, len(_MIGRATIONS), kept)
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT")
 
     def _load(self, file: str) -> None:
         try:

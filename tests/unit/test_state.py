@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable
+from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable, state
 from netplugin_sdk import messages as m
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.state import Endpoint, Network, Store
@@ -368,10 +368,47 @@ def test_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
     db.close()
     before = (tmp_path / "state.db").read_bytes()
-    with pytest.raises(Unavailable, match="has version 2 and this SDK knows version 1; it is left as it is"):
+    with pytest.raises(Unavailable, match="has version 2 and this SDK knows versions up to 1; it is left as it is"):
         Store(tmp_path, Options)
     assert {path.name for path in tmp_path.iterdir()} == {"state.db", "lock"}
     assert (tmp_path / "state.db").read_bytes() == before
+
+
+RENAMED = "ALTER TABLE networks RENAME COLUMN data TO extra;"
+
+
+def test_an_older_file_is_brought_up_to_date_and_kept_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, Options)
+    network = new_network(store)
+    network.attach(TUNNEL)
+    store.close()
+    monkeypatch.setattr(state, "_MIGRATIONS", (*state._MIGRATIONS, RENAMED, "CREATE TABLE later (a);"))
+    store = Store(tmp_path, Options)
+    assert store.networks[network.id].attached(Tunnel) == TUNNEL
+    store.close()
+    assert rows(tmp_path, "networks", "id, extra") == [(network.id, network.row.data)]
+    with closing(sqlite3.connect(tmp_path / "state.db.version-1")) as kept:
+        assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+        assert kept.execute("SELECT id, data FROM networks").fetchall() == [(network.id, network.row.data)]
+    Store(tmp_path, Options).close()
+    monkeypatch.undo()
+    with pytest.raises(Unavailable, match="has version 3 and this SDK knows versions up to 1; it is left as it is"):
+        Store(tmp_path, Options)
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, Options)
+    network = new_network(store)
+    store.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "_MIGRATIONS", (*state._MIGRATIONS, f"{RENAMED} INSERT INTO missing VALUES (1);"))
+        with pytest.raises(Unavailable, match=r"cannot use the state file .*state.db: no such table: missing"):
+            Store(tmp_path, Options)
+    store = Store(tmp_path, Options)
+    assert set(store.networks) == {network.id}
+    store.close()
 
 
 @pytest.mark.parametrize(
