@@ -59,14 +59,11 @@ class Reconciler(Generic[OptionsT]):
 
     def start(self) -> None:
         """Before the first call."""
-        began = time.monotonic()
         self._reconcile()
         losses.hear(self._hear)
         self._lifecycle.created = partial(self._compare_with_docker, _TOLD)
         if self._driver.overrides("container_attached"):
             self._lifecycle.joined = self._find_container
-        if self._networks:
-            _log.info("%d networks are restored, in %.2f s", len(self._networks), time.monotonic() - began)
 
     def close(self) -> None:
         """End what is done in the background."""
@@ -84,9 +81,12 @@ class Reconciler(Generic[OptionsT]):
 
     def _reconcile(self) -> None:
         """Make it agree with the kernel now, and with Docker when Docker tells. What fails is logged."""
+        began = time.monotonic()
         self._lifecycle.reap()
-        for network in tuple(self._networks.values()):
-            self._lifecycle.attempt("restore", network, partial(self._restore, network))
+        networks = tuple(self._networks.values())
+        done = [self._lifecycle.attempt("restore", network, partial(self._restore, network)) for network in networks]
+        if networks:
+            _log.info("%d of %d networks are restored, in %.2f s", sum(done), len(done), time.monotonic() - began)
         self._compare_with_docker(0.0)
 
     def engine_starts(self) -> None:

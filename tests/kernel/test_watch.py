@@ -1,0 +1,147 @@
+"""What somebody else takes away from an interface is heard of; what is removed here is not."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from ipaddress import ip_interface
+from queue import Empty, SimpleQueue
+
+import pytest
+
+from netplugin_sdk import losses
+from netplugin_sdk.linux import links
+
+from .lab import Namespace, run
+
+TIMEOUT = 5.0
+MOMENT = 0.5
+ADDRESSES = (ip_interface("10.9.0.1/24"), ip_interface("fd00:9::1/64"))
+
+
+class Ear:
+    def __init__(self) -> None:
+        self._heard: SimpleQueue[str] = SimpleQueue()
+
+    def __call__(self, loss: str) -> None:
+        self._heard.put(loss)
+
+    def hears(self) -> str:
+        return self._heard.get(timeout=TIMEOUT)
+
+    def hears_nothing(self) -> None:
+        with pytest.raises(Empty):
+            pytest.fail(f"heard {self._heard.get(timeout=MOMENT)!r}")
+
+
+@pytest.fixture
+def ear(request: pytest.FixtureRequest) -> Iterator[Ear]:
+    """With a bridge and a pair on it."""
+    request.getfixturevalue("netns")
+    links.ensure_bridge("br-1", addresses=ADDRESSES)
+    links.ensure_veth("ve", "vc", master="br-1")
+    ear = Ear()
+    losses.hear(ear)
+    yield ear
+    losses.hear_no_more(ear)
+
+
+@pytest.mark.parametrize(
+    ("command", "loss"),
+    [
+        ("link del ve", "interface ve is gone"),
+        ("link del vc", "interface ve is gone"),
+        ("link set ve nomaster", "interface ve is no port of its bridge any more"),
+        ("link set ve down", "interface ve is down"),
+        ("link set br-1 down", "interface br-1 is down"),
+        ("addr del 10.9.0.1/24 dev br-1", "interface br-1 has lost 10.9.0.1/24"),
+        ("addr flush dev br-1", "interface br-1 has lost 10.9.0.1/24, fd00:9::1/64"),
+        ("link set ve name vx", "interface ve is gone"),
+    ],
+)
+def test_a_loss_is_heard_once(ear: Ear, command: str, loss: str) -> None:
+    run("ip", *command.split())
+    assert ear.hears() == loss
+    ear.hears_nothing()
+
+
+def test_with_a_bridge_its_ports_are_lost(ear: Ear) -> None:
+    run("ip", "link", "del", "br-1")
+    wanted = {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+    assert {ear.hears(), ear.hears()} == wanted
+
+
+def test_what_is_brought_back_can_be_lost_again(ear: Ear) -> None:
+    for _ in range(3):
+        run("ip", "link", "set", "ve", "nomaster")
+        assert ear.hears() == "interface ve is no port of its bridge any more"
+        assert links.attach("ve", "br-1")
+        assert links.describe("ve").master == "br-1"
+    run("ip", "link", "del", "br-1")
+    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+    links.ensure_bridge("br-1", addresses=ADDRESSES)
+    assert links.attach("ve", "br-1")
+    run("ip", "link", "del", "br-1")
+    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+
+
+def test_what_is_taken_away_and_put_back_at_once_is_no_loss(ear: Ear) -> None:
+    run(
+        "sh", "-c", "ip link set ve nomaster; ip link set ve master br-1; ip addr flush dev br-1; ip link set br-1 down"
+    )
+    links.ensure_bridge("br-1", addresses=ADDRESSES)
+    ear.hears_nothing()
+
+
+def test_what_is_removed_here_is_no_loss(ear: Ear) -> None:
+    links.delete("ve")
+    links.ensure_veth("ve", "vc", master="br-1")
+    links.give_back("br-1", mtu=1500, up=False, without=ADDRESSES)
+    links.delete("ve")
+    links.delete("br-1")
+    ear.hears_nothing()
+
+
+def test_what_happens_to_others_is_no_loss(ear: Ear) -> None:
+    run("sh", "-c", "ip link add other type bridge; ip addr add 10.8.0.1/24 dev br-1; ip link set vc name eth0")
+    run("sh", "-c", "ip addr del 10.8.0.1/24 dev br-1; ip link set br-1 mtu 1400; ip link del other")
+    ear.hears_nothing()
+
+
+def test_a_container_that_takes_its_end_and_gives_it_back_loses_nothing(ear: Ear) -> None:
+    container = Namespace()
+    container.adopt("vc", "10.9.0.2/24")
+    time.sleep(0.3)
+    container.run("ip", "link", "set", "vc", "down")
+    ear.hears_nothing()
+    container.close()  # and the pair goes with it
+    assert ear.hears() == "interface ve is gone"
+
+
+def test_more_changes_than_the_kernel_can_tell_of(ear: Ear) -> None:
+    """It drops messages (ENOBUFS): then everything is looked at."""
+    script = "link set ve nomaster\n" + "".join(f"link set lo mtu {mtu}\n" for mtu in range(10_000, 15_000))
+    subprocess.run(["ip", "-batch", "-"], input=script, text=True, check=True)
+    assert ear.hears() == "interface ve is no port of its bridge any more"
+
+
+def test_after_close_nothing_is_heard_and_the_next_use_is_watched(ear: Ear) -> None:
+    links.close()
+    run("ip", "link", "set", "ve", "nomaster")
+    ear.hears_nothing()
+    assert links.attach("ve", "br-1")
+    run("ip", "link", "set", "ve", "nomaster")
+    assert ear.hears() == "interface ve is no port of its bridge any more"
+
+
+@pytest.mark.usefixtures("ear")
+@pytest.mark.parametrize(("master", "why"), [("no", "No such device"), ("vc", "")])
+def test_what_cannot_be_a_port(master: str, why: str) -> None:
+    with pytest.raises(links.LinkError, match=f"interface ve: cannot attach to {master}: {why}"):
+        links.attach("ve", master)
+
+
+@pytest.mark.usefixtures("ear")
+def test_what_is_not_here_is_no_port() -> None:
+    assert not links.attach("no", "br-1")

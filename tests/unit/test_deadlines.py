@@ -1,0 +1,264 @@
+"""Calls that take too long: the engine is told in time, and what they make in the end is undone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netplugin_sdk import Plugin
+from netplugin_sdk.calls import Call
+from netplugin_sdk.server import Limits
+
+from .lab import (
+    ENDPOINT,
+    NETWORK,
+    OTHER_NETWORK,
+    Docker,
+    Publisher,
+    create_endpoint,
+    create_network,
+    joining,
+    of,
+    publishing,
+)
+from .serving import MOMENT, TIMEOUT, Gate, echo, serving_unix, wait_for
+
+SHORT = Limits(call_time=0.3)
+
+
+# Who waits is told
+
+
+def test_the_engine_is_told_in_time_and_the_log_says_where_it_hangs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving_unix(tmp_path, SHORT) as served:
+        gate, client = served.driver.gate(), served.connect()
+        client.send(echo(gate="gate"))
+        gate.wait_entered()
+        reply = client.last()
+        assert (reply.status, reply.error) == (503, "NetworkDriver.AllocateNetwork took over 0.3 seconds")
+        stacks = [r.getMessage() for r in caplog.records if "pass_through" in r.getMessage()]
+        assert [(s.splitlines()[0], r.levelname) for s, r in zip(stacks, caplog.records, strict=False)] == [
+            ("NetworkDriver.AllocateNetwork has been running for 0 s:", "WARNING"),
+            ("NetworkDriver.AllocateNetwork took over 0.3 s: the engine waits no more", "ERROR"),
+        ]
+        assert all("self._opened.wait" in stack for stack in stacks), "the line where it hangs"
+        gate.open()
+
+
+def test_other_networks_are_served_meanwhile_and_the_same_one_afterwards(tmp_path: Path) -> None:
+    with serving_unix(tmp_path, SHORT) as served:
+        gate, client, other = served.driver.gate(), served.connect(), served.connect()
+        client.send(echo(gate="gate"))
+        gate.wait_entered()
+        for number in range(20):
+            assert other.echo(network=OTHER_NETWORK, n=str(number)) == {"n": str(number)}
+        assert client.last().status == 503
+        behind = served.connect()
+        behind.send(echo(n="behind"))
+        assert not behind.readable(MOMENT / 3)
+        gate.open()
+        assert behind.receive().options == {"n": "behind"}
+
+
+def test_who_waits_for_a_call_that_hangs_is_told_too_and_its_own_is_not_begun(tmp_path: Path) -> None:
+    with serving_unix(tmp_path, SHORT) as served:
+        gate, clients = served.driver.gate(), [served.connect() for _ in range(5)]
+        for client in clients:
+            client.send(echo(gate="gate"))
+        assert [client.last().status for client in clients] == [503] * 5
+        gate.open()
+        wait_for(lambda: not served.server._connections, "the threads to end")
+
+
+def test_a_call_in_time_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with serving_unix(tmp_path, Limits(call_time=TIMEOUT)) as served:
+        gate, client = served.driver.gate(), served.connect()
+        client.send(echo(gate="gate"))
+        gate.wait_entered()
+        assert not client.readable(MOMENT)
+        gate.open()
+        assert client.receive().options == {"gate": "gate"}
+        assert client.echo(n="2") == {"n": "2"}
+    assert not caplog.records
+
+
+def test_a_call_is_either_answered_or_given_up() -> None:
+    for first, second in ((Call.settle, Call.give_up), (Call.give_up, Call.settle)):
+        call = Call()
+        assert first(call)
+        assert not second(call)
+        assert first(call)
+        assert call.given_up is (first is Call.give_up)
+
+
+# What they make
+
+
+def begun(docker: Docker, method: str, request: dict[str, Any], call: Call) -> tuple[int, str]:
+    answer = docker.plugin.handle(f"/NetworkDriver.{method}", json.dumps(request).encode(), call)
+    return answer.status, json.loads(answer.body).get("Err", "")
+
+
+def gives_up(call: Call) -> Callable[[Any], None]:
+    """For a driver's method: the engine's patience ends in it."""
+
+    def hook(_: Any) -> None:
+        assert call.give_up()
+
+    return hook
+
+
+LATE = [
+    ("CreateNetwork", create_network(), ["create_network", "delete_network"]),
+    ("CreateEndpoint", create_endpoint(), ["create_endpoint", "delete_endpoint"]),
+    ("Join", joining(), ["join", "leave"]),
+    ("ProgramExternalConnectivity", publishing(), ["program 18080", "revoke"]),
+]
+
+
+@pytest.mark.parametrize(("method", "request_", "calls"), LATE, ids=[method for method, *_ in LATE])
+def test_what_comes_too_late_is_undone(method: str, request_: dict[str, Any], calls: list[str], tmp_path: Path) -> None:
+    driver = Publisher()
+    with Plugin(driver, state=tmp_path) as plugin:
+        docker = Docker(plugin)
+        for before, request, _ in LATE[: [name for name, *_ in LATE].index(method)]:
+            docker(before, request)
+        driver.since()
+        call = Call()
+        driver.hooks[calls[0]] = gives_up(call)
+        refusal = (503, f"NetworkDriver.{method} took too long, and is undone")
+        assert begun(docker, method, request_, call) == refusal
+        assert driver.since() == calls
+        driver.hooks.clear()
+        docker(method, request_)  # as if it had not been asked before
+        assert driver.since() == calls[:1]
+    with Plugin(driver, state=tmp_path) as plugin:
+        assert Docker(plugin)("DeleteNetwork", of(NETWORK)) == {}
+        assert not driver.networks
+
+
+DELETIONS = [
+    ("Leave", of(NETWORK, ENDPOINT), "leave"),
+    ("DeleteEndpoint", of(NETWORK, ENDPOINT), "delete_endpoint"),
+    ("DeleteNetwork", of(NETWORK), "delete_network"),
+]
+
+
+@pytest.mark.parametrize(("method", "request_", "called"), DELETIONS, ids=[method for method, *_ in DELETIONS])
+def test_what_is_removed_too_late_is_removed(method: str, request_: dict[str, Any], called: str) -> None:
+    driver = Publisher()
+    with Plugin(driver) as plugin:
+        docker, call = Docker(plugin), Call()
+        docker("CreateNetwork", create_network())
+        docker.run()
+        driver.hooks[called] = gives_up(call)
+        assert begun(docker, method, request_, call)[0] == 200
+        driver.since()
+        docker(method, request_)
+        assert driver.since() == []
+
+
+def test_what_is_written_down_already_is_answered() -> None:
+    driver = Publisher()
+    with Plugin(driver) as plugin:
+        call, late = Call(), list[bool]()
+
+        def too_late() -> None:
+            late.append(call.give_up())
+
+        assert plugin._reconciler is not None
+        plugin._reconciler._lifecycle.created = too_late
+        assert begun(Docker(plugin), "CreateNetwork", create_network(), call)[0] == 200
+        assert late == [False]
+        assert len(driver.networks) == 1
+
+
+def test_a_call_that_waited_too_long_is_not_begun() -> None:
+    driver, gate = Publisher(), Gate()
+    driver.hooks["create_network"] = lambda _: gate.pass_through()
+    with Plugin(driver) as plugin:
+        docker, call = Docker(plugin), Call()
+        first = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
+        first.start()
+        gate.wait_entered()
+        answers: list[tuple[int, str]] = []
+        second = threading.Thread(
+            target=lambda: answers.append(begun(docker, "CreateEndpoint", create_endpoint(), call))
+        )
+        second.start()
+        assert call.give_up()
+        gate.open()
+        first.join(TIMEOUT)
+        second.join(TIMEOUT)
+        assert answers == [(503, "NetworkDriver.CreateEndpoint took too long, and is undone")]
+        assert driver.since() == ["create_network"]
+
+
+# systemd's watchdog
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(str(tmp_path / "notify"))
+    notify.settimeout(TIMEOUT)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    return notify
+
+
+def test_the_watchdog_hears_that_it_lives_also_while_a_call_hangs(systemd: socket.socket, tmp_path: Path) -> None:
+    with systemd, serving_unix(tmp_path) as served:
+        assert systemd.recv(100) == b"WATCHDOG=1"
+        gate = served.driver.gate()
+        served.connect().send(echo(gate="gate"))
+        gate.wait_entered()
+        assert [systemd.recv(100) for _ in range(10)] == [b"WATCHDOG=1"] * 10
+        gate.open()
+
+
+def test_the_watchdog_hears_nothing_of_a_server_that_serves_nobody(
+    systemd: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    with systemd, serving_unix(tmp_path) as served:
+        client = served.connect()
+        client.echo(n="1")
+        monkeypatch.setattr(served.server.plugin, "log", lambda _: gate.pass_through())  # nobody reads the log, say
+        client.echo(n="2")
+        gate.wait_entered()
+        systemd.settimeout(MOMENT)
+        with suppress(TimeoutError):
+            for _ in range(3):
+                systemd.recv(100)  # what was sent before
+        with pytest.raises(TimeoutError):
+            systemd.recv(100)
+        gate.open()
+        systemd.settimeout(TIMEOUT)
+        assert systemd.recv(100) == b"WATCHDOG=1"
+
+
+@pytest.mark.parametrize("environment", [{"WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "0"}], ids=lambda e: next(iter(e)))
+def test_no_watchdog_hears_nothing(
+    systemd: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with systemd, serving_unix(tmp_path) as served:
+        served.connect().echo(n="1")
+        systemd.settimeout(MOMENT)
+        with pytest.raises(TimeoutError):
+            systemd.recv(100)
