@@ -4,6 +4,7 @@ The helpers that touch the kernel are in `netplugin_sdk.linux` and are not impor
 """
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
+from netplugin_sdk.docker import Container
 from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import (
     Conflict,
@@ -42,6 +43,7 @@ __all__ = [
     "AddressRequest",
     "AllocateNetwork",
     "Conflict",
+    "Container",
     "DriverError",
     "DriverOptions",
     "Endpoint",

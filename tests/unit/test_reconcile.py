@@ -1,0 +1,449 @@
+"""What is on disk held against what Docker lists, by a small server that says what an engine would."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope, losses, reconcile
+from netplugin_sdk.docker import Docker as Engine
+
+from .lab import (
+    ENDPOINT,
+    NETWORK,
+    OTHER_ENDPOINT,
+    OTHER_NETWORK,
+    Docker,
+    Options,
+    Publisher,
+    Recorder,
+    create_endpoint,
+    create_network,
+    joining,
+    of,
+    publishing,
+)
+from .serving import MOMENT, wait_for
+
+FOREIGN = "f" * 64
+CONTAINER: dict[str, Any] = {
+    "Id": "c" * 64,
+    "Names": ["/web", "/other/alias"],
+    "Image": "busybox",
+    "Labels": {"com.docker.compose.project": "shop", "com.docker.compose.service": "web", "tier": "front"},
+}
+WEB = Container(CONTAINER["Id"], "web", "busybox", CONTAINER["Labels"])
+
+
+@dataclass
+class Listed:
+    """What the engine has, and how it is."""
+
+    id: str = "engine 1"
+    networks: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Each with its endpoints → what it is listed under: a container, or ``ep-…``."""
+    containers: list[dict[str, Any]] = field(default_factory=list)
+    broken: bool = False
+    asked: list[str] = field(default_factory=list)
+
+
+def answers(listed: Listed) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            listed.asked.append(self.path)
+            status, content = self.answer(urlsplit(self.path))
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def answer(self, url: Any) -> tuple[int, Any]:
+            match ["broken"] if listed.broken else url.path.split("/")[1:]:
+                case ["info"]:
+                    return 200, {"ID": listed.id}
+                case ["networks"]:
+                    return 200, [{"Id": network} for network in listed.networks]
+                case ["networks", network] if network in listed.networks:
+                    endpoints = listed.networks[network]
+                    return 200, {"Containers": {c: {"EndpointID": e} for e, c in endpoints.items()}}
+                case ["containers", "json"]:
+                    (wanted,) = json.loads(parse_qs(url.query)["filters"][0])["id"]
+                    return 200, [c for c in listed.containers if c["Id"] == wanted]
+            return 500 if listed.broken else 404, {"message": "no such thing"}
+
+        def address_string(self) -> str:
+            return "unix"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Listed]:
+    """At ``docker.sock`` in `tmp_path`."""
+    listed = Listed()
+    with socketserver.ThreadingUnixStreamServer(str(tmp_path / "docker.sock"), answers(listed)) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield listed
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are shorter here."""
+    monkeypatch.setattr(reconcile, "_MISSING", 0.2)
+    monkeypatch.setattr(reconcile, "_TOLD", 0.0)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[Recorder], Docker]]:
+    """Starts a plugin with this driver, on the same disk each time."""
+    running: list[Plugin] = []
+
+    def start(driver: Recorder) -> Docker:
+        for plugin in running:
+            plugin.close()
+        running[:] = [Plugin(driver, state=tmp_path / "state", docker=tmp_path / "docker.sock")]
+        return Docker(running[0])
+
+    yield start
+    for plugin in running:
+        plugin.close()
+
+
+Serve = Callable[[Recorder], Docker]
+
+
+def stays(condition: Callable[[], object]) -> bool:
+    """Whether it holds for twice as long as something must be missing."""
+    until = time.monotonic() + 2 * 0.2 + MOMENT
+    while condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+# Orphans
+
+
+def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: Serve) -> None:
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}, OTHER_NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    wait_for(lambda: all(n.attached(reconcile.Listed) for n in driver.networks.values()), "the list to be seen")
+    del engine.networks[NETWORK]
+    docker.plugin.reconcile()
+    wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
+    assert "delete_network" in driver.calls
+    assert stays(lambda: set(driver.networks) == {OTHER_NETWORK})
+
+
+def test_the_last_network_that_docker_has_forgotten_is_removed_too(engine: Listed, serve: Serve) -> None:
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    engine.networks = {}
+    serve(driver)  # a start is a look, too
+    wait_for(lambda: not driver.networks, "the removal")
+
+
+def test_a_network_that_was_never_listed_is_removed_where_others_of_ours_are(engine: Listed, serve: Serve) -> None:
+    """Its CreateNetwork was answered as the engine died."""
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {OTHER_NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
+
+
+def test_another_engine_at_that_socket_removes_nothing(engine: Listed, serve: Serve) -> None:
+    """It lists none of ours: whose networks they are it does not know."""
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {FOREIGN: {}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker.plugin.reconcile()
+    assert stays(lambda: driver.networks[NETWORK].endpoints)
+
+
+def test_an_engine_that_was_exchanged_removes_nothing(engine: Listed, serve: Serve) -> None:
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    engine.id, engine.networks = "engine 2", {}
+    docker.plugin.reconcile()
+    assert stays(lambda: driver.networks)
+
+
+def test_an_engine_that_does_not_answer_removes_nothing(engine: Listed, serve: Serve) -> None:
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    engine.broken = True
+    docker.plugin.reconcile()
+    assert stays(lambda: driver.networks)
+    engine.broken, engine.networks = False, {}
+    wait_for(lambda: not driver.networks, "the removal, once it answers")
+
+
+def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine lists a network only when all of its creation is done."""
+    monkeypatch.setattr(reconcile, "_MISSING", 1.0)
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {OTHER_NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    wait_for(lambda: len(engine.asked) >= 3, "the first look")
+    engine.networks[NETWORK] = {}
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the next look")
+    assert len(driver.networks) == 2
+
+
+def test_a_swarms_networks_are_not_asked_for(engine: Listed, serve: Serve) -> None:
+    class Swarm(Recorder):
+        scope = Scope.GLOBAL
+
+    driver = Swarm()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker.plugin.reconcile()
+    assert stays(lambda: driver.networks)
+    assert not engine.asked
+
+
+def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve: Serve) -> None:
+    """`docker rm -f` succeeds while the plugin is down, and nobody tells it."""
+    driver = Publisher()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {ENDPOINT: "c1", OTHER_ENDPOINT: "ep-2"}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker("ProgramExternalConnectivity", publishing())
+    docker.run(endpoint=OTHER_ENDPOINT)
+    docker.plugin.close()
+    del engine.networks[NETWORK][ENDPOINT]
+    driver = Publisher()
+    docker = serve(driver)
+    wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
+    assert driver.calls[-3:] == ["revoke", "leave", "delete_endpoint"]
+    assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT})
+    docker("DeleteEndpoint", of(NETWORK, ENDPOINT))  # should it be asked for after all
+
+
+# Containers
+
+
+class Curious(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, Container]] = []
+
+    def container_attached(self, network: Network[Options], endpoint: Endpoint, container: Container) -> None:
+        self.told.append((endpoint.id, container))
+        self.called("container_attached", endpoint)
+
+
+def test_a_driver_is_told_of_the_container_and_it_is_kept(engine: Listed, serve: Serve) -> None:
+    driver = Curious()
+    docker = serve(driver)
+    engine.networks, engine.containers = {NETWORK: {ENDPOINT: CONTAINER["Id"]}}, [CONTAINER]
+    docker("CreateNetwork", create_network())
+    docker.run()
+    wait_for(lambda: driver.networks[NETWORK].endpoints[ENDPOINT].container == WEB, "the container")
+    assert driver.told == [(ENDPOINT, WEB)]
+    assert (WEB.compose_project, WEB.compose_service) == ("shop", "web")
+    again = Curious()
+    serve(again)
+    assert again.networks[NETWORK].endpoints[ENDPOINT].container == WEB
+    assert stays(lambda: not again.told)
+
+
+def test_it_is_asked_again_until_the_engine_knows(engine: Listed, serve: Serve) -> None:
+    driver = Curious()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    engine.broken = True
+    docker.run()
+    wait_for(lambda: len(engine.asked) > 1, "a second question")
+    engine.broken, engine.networks = False, {NETWORK: {ENDPOINT: "ep-1"}}  # created, and not yet in its container
+    time.sleep(0.2)
+    assert not driver.told
+    engine.networks, engine.containers = {NETWORK: {ENDPOINT: CONTAINER["Id"]}}, [CONTAINER]
+    wait_for(lambda: driver.told, "the container")
+
+
+def test_what_left_meanwhile_is_not_told_of(engine: Listed, serve: Serve) -> None:
+    driver = Curious()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker("Leave", of(NETWORK, ENDPOINT))
+    engine.networks, engine.containers = {NETWORK: {ENDPOINT: CONTAINER["Id"]}}, [CONTAINER]
+    assert stays(lambda: not driver.told)
+    docker("Join", joining())
+    wait_for(lambda: driver.told, "the container")
+
+
+def test_an_error_in_it_is_logged_and_asked_for_no_more(
+    engine: Listed, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Curious()
+    driver.fails["container_attached"] = ValueError("no")
+    docker = serve(driver)
+    engine.networks, engine.containers = {NETWORK: {ENDPOINT: CONTAINER["Id"]}}, [CONTAINER]
+    docker("CreateNetwork", create_network())
+    docker.run()
+    wait_for(lambda: "ValueError: no" in caplog.text, "the traceback")
+    assert stays(lambda: len(driver.told) == 1)
+
+
+# No call from inside a call
+
+
+def connect(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+
+
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        (lambda path: Engine(path).call("GET", "/info"), "GET /info"),
+        (connect, "a connection"),
+        (lambda _: subprocess.run(["docker", "ps"], check=True), "the program docker"),
+        (lambda _: subprocess.run(["/usr/bin/docker", "ps"], check=True), "the program /usr/bin/docker"),
+    ],
+    ids=["by the SDK", "by a socket", "by the program", "by its path"],
+)
+def test_docker_is_not_asked_from_inside_a_call(
+    engine: Listed, serve: Serve, tmp_path: Path, ask: Callable[[Path], object], what: str
+) -> None:
+    driver = Recorder()
+
+    def hook(_: object) -> None:
+        ask(tmp_path / "docker.sock")
+
+    driver.hooks["create_endpoint"] = hook
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the SDK's own question")
+    engine.asked.clear()
+    status, text = docker.refused("CreateEndpoint", create_endpoint())
+    assert status == 500
+    assert text == (
+        f"NetworkDriver.CreateEndpoint must not ask Docker ({what}): Docker waits for its answer, and both may wait "
+        "for ever; NetworkDriver.container_attached tells of containers"
+    )
+    assert not engine.asked
+
+
+def test_other_sockets_and_programs_are_as_ever(serve: Serve, tmp_path: Path) -> None:
+    done = []
+
+    def ask(_: object) -> None:
+        with socketserver.UnixStreamServer(str(tmp_path / "other.sock"), socketserver.StreamRequestHandler):
+            connect(tmp_path / "other.sock")
+        done.append(subprocess.run(["true"], check=True).returncode)
+
+    driver = Recorder()
+    driver.hooks["create_network"] = ask
+    serve(driver)("CreateNetwork", create_network())
+    assert done == [0]
+
+
+def test_a_thread_of_the_drivers_own_may_ask(engine: Listed, serve: Serve, tmp_path: Path) -> None:
+    said: list[Any] = []
+
+    def ask(_: object) -> None:
+        thread = threading.Thread(target=lambda: said.append(Engine(tmp_path / "docker.sock").call("GET", "/info")))
+        thread.start()
+        thread.join()
+
+    driver = Recorder()
+    driver.hooks["create_network"] = ask
+    serve(driver)("CreateNetwork", create_network())
+    assert said == [{"ID": engine.id}]
+
+
+# Losses
+
+
+def test_a_loss_makes_the_drivers_own_methods_bring_it_back(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Restorer(Publisher):
+        def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
+            self.called("restore_endpoint", endpoint)
+
+    driver = Restorer()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker("ProgramExternalConnectivity", publishing())
+    docker("CreateEndpoint", create_endpoint(endpoint=OTHER_ENDPOINT))
+    driver.since()
+    for _ in range(10):  # a burst
+        losses.tell("interface br-1 is gone")
+    wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "the repair")
+    assert driver.since() == ["create_network", "restore_endpoint", "program 18080"]
+    assert "interface br-1 is gone: bringing it back" in caplog.text
+    began = time.monotonic()
+    for _ in range(3):  # somebody does it again and again
+        losses.tell("interface br-1 is gone")
+        wait_for(lambda: driver.calls.count("restore_endpoint"), "the next repair")
+        driver.since()
+    assert time.monotonic() - began > 0.4 + 0.8 + 1.6 - 0.1
+    docker.plugin.close()
+    losses.tell("interface br-1 is gone")
+    assert stays(lambda: not driver.calls)
+
+
+def test_what_cannot_be_brought_back_does_not_keep_the_others(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    driver = Recorder()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+
+    def fail(network: Network[Options]) -> None:
+        if network.id == NETWORK:
+            raise ValueError("no")
+
+    driver.hooks["create_network"] = fail
+    docker.plugin.reconcile()
+    wait_for(lambda: "1 of 2 networks are restored" in caplog.text, "the repair")
+    assert "ValueError: no" in caplog.text
+    docker("DeleteNetwork", of())
+    docker("DeleteNetwork", of(OTHER_NETWORK))
