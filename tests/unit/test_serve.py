@@ -164,6 +164,17 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
     assert not path.exists()
 
 
+def test_sighup_is_no_end(tmp_path: Path) -> None:
+    with process(tmp_path) as plugin:
+        plugin.wait_serving(tmp_path / "s.sock")
+        for number in range(3):
+            plugin.signal(signal.SIGHUP)
+            with connect_unix(tmp_path / "s.sock") as client:
+                assert client.echo(n=str(number)) == {"n": str(number)}
+        plugin.signal(signal.SIGTERM)
+        assert plugin.wait() == 0
+
+
 def test_a_second_signal_does_not_cut_the_running_call(tmp_path: Path) -> None:
     with process(tmp_path) as plugin:
         plugin.wait_serving(tmp_path / "s.sock")

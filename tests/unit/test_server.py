@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -566,6 +567,61 @@ def test_owner_and_group_may_be_names(tmp_path: Path) -> None:
         server.listen_unix(tmp_path / "s.sock", owner=name, group=group)
         assert (tmp_path / "s.sock").owner() == name
         assert (tmp_path / "s.sock").group() == group
+
+
+OWNER, GROUP, STRANGER = 50_001, 50_002, 50_003
+"""Ids that nobody has."""
+
+SOMEBODY = """
+import json, os, socket, sys
+user, group, others = json.loads(sys.argv[2])
+with socket.socket(socket.AF_UNIX) as client:
+    os.setgroups(others)
+    os.setgid(group)
+    os.setuid(user)
+    client.settimeout(20)
+    client.connect(sys.argv[1])
+    try:
+        client.sendall(sys.stdin.buffer.read())
+        print("served" if client.recv(100).startswith(b"HTTP/1.1 200 ") else "cut")
+    except (BrokenPipeError, ConnectionResetError):
+        print("cut")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize(
+    ("mode", "who", "served"),
+    [
+        (0o666, (0, 0, []), True),
+        (0o666, (OWNER, STRANGER, []), True),
+        (0o666, (STRANGER, STRANGER, []), False),
+        (0o666, (STRANGER, GROUP, []), True),
+        (0o666, (STRANGER, STRANGER, [STRANGER, GROUP]), True),
+        (0o606, (STRANGER, STRANGER, []), False),
+        (0o660, (STRANGER, GROUP, []), True),
+    ],
+)
+def test_who_may_call_whatever_the_mode_says_of_others(
+    mode: int, who: tuple[int, int, list[int]], served: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are for root alone
+        Path(folder).chmod(0o755)
+
+        def listen(server: Server) -> Path:
+            server.listen_unix(Path(folder) / "s.sock", mode=mode, owner=OWNER, group=GROUP)
+            return Path(folder) / "s.sock"
+
+        with serving(listen) as running:
+            client = subprocess.run(
+                [sys.executable, "-c", SOMEBODY, str(running.path), json.dumps(who)],
+                input=echo(n="1"),
+                capture_output=True,
+                check=True,
+            )
+            assert client.stdout.decode().strip() == ("served" if served else "cut")
+            assert running.driver.calls == served
+    assert (f"of user {who[0]}, group {who[1]}" in caplog.text) is not served
 
 
 @pytest.mark.parametrize("who", ["owner", "group"])
