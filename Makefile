@@ -1,5 +1,6 @@
 # make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host)
 # make test   every check and every test, real engines included
+# make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
 # make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
@@ -33,6 +34,9 @@ lint: .venv/.dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+audit: .venv/.dev
+	@tools/audit
+
 bench: .venv/.dev
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/footprint.py
@@ -44,7 +48,7 @@ parity: .venv/.dev
 	$(BIN)/python -m pytest tests/engine/parity --parity-table
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/.run: $(SETUP_INPUT)
 	tools/setup run
