@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
+from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import iptables, nftables
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
@@ -280,7 +281,7 @@ def _apply(backend: Backend, changes: Mapping[str, Policy | None]) -> tuple[bool
     try:
         return backend.apply(changes), {}
     except Exception as error:
-        if len(changes) == 1:
+        if len(changes) == 1 or isinstance(error, Unavailable):  # which it is for all of them
             return False, dict.fromkeys(changes, error)
     parts = [_apply(backend, {bridge: policy}) for bridge, policy in changes.items()]
     return any(changed for changed, _ in parts), {bridge: error for _, each in parts for bridge, error in each.items()}

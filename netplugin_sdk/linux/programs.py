@@ -8,10 +8,13 @@ from collections import deque
 from netplugin_sdk.errors import Unavailable
 
 
+_PATIENCE = 15.0  # seconds: less than an engine's call may take, so that the call says what did not end
+
+
 def run(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[int, str, str]:
     """Status, output and errors of a program of this Debian package; its process id is added to `pids`.
 
-    Raises `Unavailable` if it is not installed.
+    Raises `Unavailable` if it is not installed, or does not end: it may wait for a lock that nobody gives back.
     """
     try:
         process = subprocess.Popen(
@@ -26,5 +29,9 @@ def run(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[in
         raise Unavailable(f"firewall: no {argv[0]} here: install the package {package}") from error
     with process:
         pids.append(process.pid)
-        output, errors = process.communicate(stdin)
+        try:
+            output, errors = process.communicate(stdin, _PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise Unavailable(f"firewall: {argv[0]} has not ended after {_PATIENCE:g} s") from None
     return process.returncode, output, errors
