@@ -7,7 +7,6 @@ from collections import deque
 
 from netplugin_sdk.errors import Unavailable
 
-
 _PATIENCE = 15.0  # seconds: less than an engine's call may take, so that the call says what did not end
 
 
