@@ -8,7 +8,7 @@ ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
 
-.PHONY: demo test lint bench bench-engine parity clean
+.PHONY: demo test lint audit bench bench-engine parity clean
 .DEFAULT_GOAL := help
 
 help:
