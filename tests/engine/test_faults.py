@@ -123,6 +123,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, supe
     tried = refusals = 0
     with engine.api() as docker:
         for point in count(FIRST[engine.version], EVERY):
+            wait_until(lambda: supervisor.plugin.running, 10)  # it may have been killed after all was done
             plugin = supervisor.plugin
             command = [sys.executable, "-I", str(KILL_AT), str(plugin.pid), str(point)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killer:
