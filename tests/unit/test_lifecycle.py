@@ -538,13 +538,28 @@ def test_a_half_done_join_can_be_left(tmp_path: Path) -> None:
     assert driver.calls == ["create_network", "leave"]
 
 
-def test_half_programmed_ports_are_revoked(tmp_path: Path) -> None:
+def test_half_programmed_ports_are_revoked_by_the_next_start(tmp_path: Path) -> None:
     crashed(tmp_path, "program 18080", *DONE, PUBLISH)
     driver = Publisher()
     with Plugin(driver, state=tmp_path) as plugin:
+        assert driver.since() == ["revoke", "create_network"]
         Docker(plugin)("RevokeExternalConnectivity", of(NETWORK, ENDPOINT))
+        assert driver.since() == []
+        Docker(plugin)("ProgramExternalConnectivity", publishing())
+    assert driver.since() == ["program 18080"]
     assert intents(tmp_path) == []
-    assert driver.calls == ["create_network", "revoke"]
+
+
+def test_a_half_done_leave_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    crashed(tmp_path, "leave", *DONE, ("Leave", of(NETWORK, ENDPOINT)))
+    driver = Publisher()
+    with Plugin(driver, state=tmp_path) as plugin:
+        assert driver.since() == ["leave", "create_network"]
+        Docker(plugin)("Leave", of(NETWORK, ENDPOINT))
+        assert driver.since() == []
+        Docker(plugin)("Join", joining())
+    assert driver.since() == ["join"]
+    assert intents(tmp_path) == []
 
 
 def test_a_half_made_network_is_deleted_by_the_next_start(tmp_path: Path) -> None:
