@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.docker import Docker, DockerError, is_stopped
 from netplugin_sdk.errors import Unavailable
 
 _log = logging.getLogger("netplugin_sdk")
@@ -194,8 +194,9 @@ class Inquiries:
             self._thread = None
             return None
 
-    @staticmethod
-    def _is_done(question: Question, docker: Docker) -> bool:
+    def _is_done(self, question: Question, docker: Docker) -> bool:
+        if is_stopped(self._path):
+            return False
         try:
             return question(docker)
         except (DockerError, Unavailable) as error:

@@ -28,6 +28,9 @@ SOCKET = Path("/run/docker.sock")
 """Where an engine listens, unless ``DOCKER_HOST`` names another socket (``unix:///…``)."""
 
 
+_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
+
+
 class DockerError(DriverError):
     """The engine refused; the text is what it says."""
 
@@ -131,6 +134,20 @@ class Docker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_stopped(path: Path) -> bool:
+    """Whether systemd listens at this socket for an engine that does not run: who connects would start it.
+
+    An engine has its process id in a file beside its socket (``dockerd --pidfile``).
+    """
+    if not _SYSTEMD.is_dir():
+        return False
+    try:
+        pid = int(path.with_suffix(".pid").read_text())
+        return "dockerd" not in Path(f"/proc/{pid}/comm").read_text()
+    except (OSError, ValueError):
+        return True
 
 
 @cache

@@ -371,7 +371,10 @@ def _what_is_wrong(ipr: Any, name: str, made: Made) -> str | None:
     if made.master is not None and message.get("master") != made.master:
         return "is no port of its bridge any more"
     if made.addresses:
-        present = _describe(ipr, name).addresses
+        try:
+            present = _describe(ipr, name).addresses
+        except NotFound:
+            return "is gone"
         if lost := [str(address) for address in made.addresses if address not in present]:
             return f"has lost {', '.join(lost)}"
     return None

@@ -1,6 +1,9 @@
 """The engine's API, spoken to a small server; the engine's own answers are in tests/engine."""
 
+import os
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -10,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from netplugin_sdk import Unavailable
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.docker import Docker, DockerError, is_stopped
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -95,3 +98,26 @@ def test_the_environment_names_the_socket(path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
     with Docker() as docker:
         assert docker.call("GET", "/networks")
+
+
+DOCKERD = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'dockerd'); print('named', flush=True); sys.stdin.read()"
+
+
+def test_an_engine_that_systemd_would_start_is_told_from_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket, pid = tmp_path / "docker.sock", tmp_path / "docker.pid"
+    monkeypatch.setattr("netplugin_sdk.docker._SYSTEMD", tmp_path)
+    assert is_stopped(socket)
+    pid.write_text("nonsense")
+    assert is_stopped(socket)
+    pid.write_text(str(os.getpid()))  # somebody else's by now
+    assert is_stopped(socket)
+    with subprocess.Popen([sys.executable, "-c", DOCKERD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == b"named\n"
+        pid.write_text(str(engine.pid))
+        assert not is_stopped(socket)
+    assert is_stopped(socket)
+    monkeypatch.setattr("netplugin_sdk.docker._SYSTEMD", tmp_path / "no")
+    assert not is_stopped(socket)  # nobody would start it
