@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import hashlib
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
@@ -228,8 +230,8 @@ def _ensure_bridge(
     try:
         # A bridge without an address of its own takes the lowest of its ports' and changes it as they come and go,
         # and the containers' neighbour entries for their gateway go stale. One that was set stays (br_stp_if.c,
-        # br_stp_recalculate_bridge_id). Random, because a bridge of the same name may stand on the same segment.
-        ipr.link("add", kind="bridge", ifname=name, address=_random_mac(), **_given(group=group))
+        # br_stp_recalculate_bridge_id).
+        ipr.link("add", kind="bridge", ifname=name, address=_mac_of(name), **_given(group=group))
     except NetlinkError as error:
         if error.code != errno.EEXIST:
             raise LinkError(f"{cannot} create", error) from error
@@ -437,9 +439,15 @@ def _given(**attributes: object) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _random_mac() -> str:
-    """Locally administered, unicast."""
-    return bytes((0x02, *os.urandom(5))).hex(":")
+def _mac_of(name: str) -> str:
+    """Of a bridge that is made here and now; the same one if it has to be made again, since containers remember it.
+
+    And another one elsewhere, since a bridge of this name may stand on the same segment. Locally administered, unicast.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    namespace = Path("/proc/thread-self/ns/net").stat().st_ino
+    digest = hashlib.blake2b(f"{boot}{namespace} {name}".encode(), digest_size=5).digest()
+    return bytes((0x02, *digest)).hex(":")
 
 
 def _check_name(name: str) -> None:

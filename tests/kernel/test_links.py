@@ -14,7 +14,7 @@ from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
 
-from .lab import Namespace, run
+from .lab import Namespace, run, unshare
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -65,10 +65,22 @@ def test_a_bridge_keeps_its_mac_and_mtu_whatever_its_ports_do() -> None:
     assert (links.describe("br-t").mac, links.describe("br-t").mtu) == (before.mac, 1400)
 
 
+def test_a_bridge_that_is_made_again_has_the_mac_that_containers_remember() -> None:
+    links.ensure_bridge("br-t")
+    before = links.describe("br-t").mac
+    links.delete("br-t")
+    links.close()
+    links.ensure_bridge("br-t")
+    links.ensure_bridge("br-u")
+    assert links.describe("br-t").mac == before
+    assert links.describe("br-u").mac != before
+
+
 def test_bridges_of_one_name_on_two_hosts_have_different_macs() -> None:
     links.ensure_bridge("br-t")
     first = links.describe("br-t").mac
-    links.delete("br-t")
+    links.close()
+    unshare()
     links.ensure_bridge("br-t")
     assert links.describe("br-t").mac != first
 
