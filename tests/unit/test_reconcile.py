@@ -416,7 +416,8 @@ def test_a_loss_makes_the_drivers_own_methods_bring_it_back(serve: Serve, caplog
     driver.since()
     for _ in range(10):  # a burst
         losses.tell("interface br-1 is gone")
-    wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "the repair")
+    wait_for(lambda: "program 18080" in driver.calls, "the repair")
+    wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "what it says of it")
     assert driver.since() == ["create_network", "restore_endpoint", "program 18080"]
     assert "interface br-1 is gone: bringing it back" in caplog.text
     began = time.monotonic()

@@ -277,7 +277,7 @@ def test_what_was_asked_meanwhile_is_applied_at_once(backend: Remembering) -> No
     assert [len(call) for call in backend.calls] == [1, 20]
 
 
-@pytest.mark.parametrize("error", [FirewallError("no"), KeyError("a bug"), Unavailable("no iptables here")])
+@pytest.mark.parametrize("error", [FirewallError("no"), KeyError("a bug")])
 def test_one_that_fails_does_not_hurt_the_others(backend: Remembering, error: Exception) -> None:
     backend.gate.clear()
     backend.refused["bad"] = error
@@ -292,6 +292,21 @@ def test_one_that_fails_does_not_hurt_the_others(backend: Remembering, error: Ex
     with pytest.raises(type(error)):
         bad.result(PATIENCE)
     assert backend.kernel.keys() == {"first", *(f"br-{number}" for number in range(5))}
+
+
+def test_where_the_program_cannot_be_had_it_is_not_tried_for_each(backend: Remembering) -> None:
+    """It may be one that does not end, for which the keeper waits."""
+    backend.gate.clear()
+    backend.refused["bad"] = Unavailable("iptables-restore has not ended")
+    begin(firewall.ensure, on("first"))
+    assert backend.entered.wait(PATIENCE)
+    asked = [begin(firewall.ensure, on(name)) for name in ("bad", "br-1", "br-2")]
+    until(lambda: len(firewall._keeper._asked) == 3)
+    backend.gate.set()
+    for each in asked:
+        with pytest.raises(Unavailable, match="has not ended"):
+            each.result(PATIENCE)
+    assert [len(call) for call in backend.calls] == [1, 3]
 
 
 def test_the_last_word_of_many_is_in_force(backend: Remembering) -> None:
