@@ -45,7 +45,8 @@ from netplugin_sdk import serve
 from netplugin_sdk.linux import firewall
 from tests.unit.anything import LIMITS
 firewall.use(backend)
-serve(BridgeDriver(), name="fuzz", socket_path=socket_path, state=state, docker=None, limits=LIMITS, log_level="WARNING")
+places = {"socket_path": socket_path, "state": state, "docker": None}
+serve(BridgeDriver(), name="fuzz", limits=LIMITS, log_level="WARNING", **places)
 """
 
 KERNEL = re.compile(
@@ -414,7 +415,7 @@ def malformed(plugin: Plugin) -> Counter[str]:
         for number in range(100):
             go_away(plugin.path, number)
         for done in dribbling:
-            done.result(TIMEOUT)
+            done.result(2 * TIMEOUT)
         counted = sum((done.result(10 * TIMEOUT) for done in working), Counter[str]())
     with connect_unix(plugin.path) as client:
         for network in plugin.ids():
