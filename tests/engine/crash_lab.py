@@ -28,8 +28,9 @@ MISSING = 2.0
 
 def impatient(missing: float) -> tuple[str, ...]:
     """The program that serves myplugin's driver, and removes what Docker does not know for so many seconds."""
-    lines = f"import netplugin_sdk.reconcile as r; r._MISSING = {missing}", "from myplugin.__main__ import main; main()"
-    return (sys.executable, "-c", "; ".join(lines))
+    settings = f"r._MISSING = {missing}; r._TOLD = {missing / 2}"
+    script = f"import netplugin_sdk.reconcile as r; {settings}; from myplugin.__main__ import main; main()"
+    return (sys.executable, "-c", script)
 
 
 IMPATIENT = impatient(MISSING)
