@@ -205,11 +205,11 @@ class Host:
                 yield from (f"endpoint {row}" for row in db.execute(f"{query} LEFT JOIN joins j USING (key)"))
 
     def settled(self, *wanted: Seen) -> Seen:
-        """What is seen when it is as at one of these, or when the plugin has ended, or else after five seconds.
+        """What is seen when it is as at one of these, or when the plugin has ended, or else in the end.
 
         Some is done after an answer.
         """
-        until = time.monotonic() + 5
+        until = time.monotonic() + PATIENCE
         while not (seen := self.look()).is_between(wanted) and not self.ended and time.monotonic() < until:
             time.sleep(0.02)
         return seen
