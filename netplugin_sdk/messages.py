@@ -125,6 +125,13 @@ def _wrong(path: str, what: str, value: Any) -> InvalidRequest:
     return InvalidRequest(f"{path} must be {what}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
 
 
+def _without_scope(text: str) -> IPAddress:
+    """``fe80::1%eth0`` names an interface, and its scope may be any text."""
+    if "%" in text:
+        raise ValueError(text)
+    return ip_address(text)
+
+
 def _with_prefix(parse: Callable[[str], T]) -> Callable[[str], T]:
     """The prefix length must be given: `ipaddress` would take one address for the whole."""
 
@@ -188,7 +195,7 @@ class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
             protocol=_read_protocol(reader),
             container_port=reader.number("Port", 65535, lowest=1),
             container_address=reader.parsed("IP", ip_address, "an IP address"),
-            host_address=reader.parsed("HostIP", ip_address, "an IP address"),
+            host_address=reader.parsed("HostIP", _without_scope, "an IP address"),
             host_port=reader.number("HostPort", 65535),
             host_port_end=reader.number("HostPortEnd", 65535),
         )

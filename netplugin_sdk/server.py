@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import httptools
@@ -410,7 +409,9 @@ class Server:
         self._answered: deque[Answer] = deque()  # to be logged, when there is nothing more urgent
         self._slow: dict[str, int] = {}  # method → how many more of its calls were slow than fast, lately
         self._awake = True  # the watch looks by itself; else the bell wakes it
-        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._hearing = select.poll()
+        self._hearing.register(self._bell, select.POLLIN)
 
     def listen_unix(
         self, path: Path, *, mode: int = 0o600, owner: int | str | None = None, group: int | str | None = None
@@ -552,7 +553,7 @@ class Server:
     def stop(self) -> None:
         """Make `run` stop. May be called from any thread and from a signal handler."""
         self.stopping = True
-        self._bell.put(None)
+        self._ring()
 
     # ------------------------------------------------------------------------------------------------- leading
 
@@ -601,7 +602,7 @@ class Server:
         self._begun += 1
         if not self._awake:
             self._awake = True
-            self._bell.put(None)
+            self._ring()
         goes_on = connection.receive()
         with self._lock:
             leads = self._leader is me
@@ -619,7 +620,7 @@ class Server:
         del self._connections[fd]
         connection.close()
         if self.stopping:
-            self._bell.put(None)
+            self._ring()
         elif not self._accepting:
             self._accept_more(True)
 
@@ -706,8 +707,14 @@ class Server:
             seen = begun
 
     def _wait_for_bell(self, seconds: float) -> None:
-        with suppress(Empty):
-            self._bell.get(timeout=max(0.0, seconds))
+        # Not by a queue with a timeout: CPython's SimpleQueue.get can miss its own deadline, and wait for ever.
+        milliseconds = None if seconds == math.inf else max(0, math.ceil(seconds * 1000))
+        if self._hearing.poll(milliseconds):
+            os.eventfd_read(self._bell)
+
+    def _ring(self) -> None:
+        with suppress(OSError, ValueError):  # it is over
+            os.eventfd_write(self._bell, 1)
 
     def _end_overdue(self, now: float) -> float:
         """When to look again: no deadline set from now on is earlier."""
@@ -753,6 +760,8 @@ class Server:
         self._withdraw()
         self._epoll.close()
         os.close(self._waker)
+        os.close(self._bell)
+        self._bell = -1
 
 
 class _Peers(msgspec.Struct, frozen=True):

@@ -73,6 +73,10 @@ CREATE TABLE joins (
 """
 _MIGRATIONS = (_SCHEMA,)
 """SQL that leads from each version of the file to the next. An empty file has version 0. Released ones never change."""
+_FORGET_ENDPOINTS = (
+    "DELETE FROM joins WHERE key IN (SELECT key FROM endpoints WHERE network_id = ?)",
+    "DELETE FROM endpoints WHERE network_id = ?",
+)
 
 
 class NetworkRow(msgspec.Struct, frozen=True):
@@ -438,6 +442,9 @@ class Store(Generic[OptionsT]):
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
         with self._lock:
+            if isinstance(record, Network):  # with endpoints whose deletion failed after its answer
+                for statement in _FORGET_ENDPOINTS:
+                    self._write(False, statement, (record.id,))
             self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
             self._unlist(record)
 
@@ -447,10 +454,12 @@ class Store(Generic[OptionsT]):
             self._unlist(record)
 
     def _unlist(self, record: Network[OptionsT] | Endpoint) -> None:
+        if not self._lists(record):
+            return  # another one may have its id by now
         if isinstance(record, Network):
-            self.networks.pop(record.id, None)
-        elif (network := self.networks.get(record.network_id)) is not None:
-            network._endpoints.pop(record.id, None)
+            del self.networks[record.id]
+        else:
+            del self.networks[record.network_id]._endpoints[record.id]
 
     def _lists(self, record: object) -> bool:
         if isinstance(record, Endpoint):

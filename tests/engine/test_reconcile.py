@@ -283,6 +283,7 @@ def test_what_docker_knows_stays_while_no_engine_or_another_one_answers(red: Red
 
     hold_against_docker()  # so that it is listed once
     engine.stop()  # which ends the containers
+    is_soon(lambda: Known.of(engine).endpoints, set(), SOON)
     known, before = Known.of(engine), bridges(engine)
     assert len(known.networks) == 2
     logged = red.logged()

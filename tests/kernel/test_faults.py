@@ -324,7 +324,8 @@ class Tally:
                 worker.result()
         kinds = Counter(name.split()[0] for name in self.tried.values())
         print(f"{len(self.tried)} points tried, {len(self.lost)} lost;", *(f"{kind} {n}" for kind, n in kinds.items()))
-        assert sorted(self.tried) == list(range(1, len(self.tried) + 1))
+        # The same life has a point more or less each time, so the last ones may be missing; none before them.
+        assert max(self.tried) - len(self.tried) < SIDE_BY_SIDE
         assert not self.lost, "\n".join(self.lost)
 
 

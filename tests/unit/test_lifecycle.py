@@ -32,6 +32,7 @@ from netplugin_sdk import (
     Plugin,
     Pool,
     PoolRequest,
+    Rest,
     Scope,
     Unsupported,
 )
@@ -1267,3 +1268,53 @@ def test_a_start_makes_again_what_is_on_disk(
         assert bool([r for r in caplog.records if r.levelname == "ERROR"]) == (broken is not None)
         Docker(plugin)("NetworkDriver.DeleteNetwork", {"NetworkID": NETWORK})  # what failed can still be removed
         assert not driver.networks
+
+
+# What is deleted after the answer
+
+
+class Lazy(Publisher):
+    """Deletes endpoints after the answer, when it may, or cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.fails_late = False
+
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
+        def rest() -> None:
+            assert self.go.wait(10)
+            if self.fails_late:
+                raise DriverError("no")
+
+        return rest
+
+
+def test_an_endpoint_that_could_not_be_deleted_does_not_outlive_its_network(tmp_path: Path) -> None:
+    driver = Lazy()
+    driver.fails_late = True
+    driver.go.set()
+    with Plugin(driver, state=tmp_path) as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker.run()
+        docker("DeleteEndpoint", of(NETWORK, ENDPOINT))
+        docker("DeleteNetwork", of())
+    with Plugin(Publisher(), state=tmp_path) as plugin:
+        assert Docker(plugin)("CreateNetwork", create_network()) == {}
+
+
+def test_an_endpoint_of_the_same_id_may_come_before_the_old_one_has_gone(tmp_path: Path) -> None:
+    driver = Lazy()
+    with Plugin(driver, state=tmp_path) as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker.run()
+        docker("DeleteEndpoint", of(NETWORK, ENDPOINT))
+        docker("CreateEndpoint", create_endpoint())
+        driver.go.set()
+        plugin._rests()
+        docker("Join", joining())
+    driver = Lazy()
+    with Plugin(driver, state=tmp_path) as plugin:
+        assert driver.networks[NETWORK].endpoints[ENDPOINT].sandbox is not None
