@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -212,10 +213,10 @@ class IpamDriver(ABC):
     `request_pool` and `request_address`.
     """
 
-    requires_mac_address: ClassVar[bool] = False
+    requires_mac_address: bool = False
     """Whether `AddressRequest.mac_address` is wanted (``GetCapabilities``)."""
 
-    requires_request_replay: ClassVar[bool] = False
+    requires_request_replay: bool = False
     """Whether the engine is to request pools and gateways again after its restart (``GetCapabilities``)."""
 
     local_address_space: ClassVar[str] = "LocalDefault"
@@ -223,6 +224,15 @@ class IpamDriver(ABC):
 
     global_address_space: ClassVar[str] = "GlobalDefault"
     """Default address space of networks of global scope (``GetDefaultAddressSpaces``)."""
+
+    def open(self, folder: Path | None) -> None:  # noqa: B027
+        """Begin, before the first call. `folder` is the plugin's own, to keep files in; None if it has none."""
+
+    def close(self) -> None:  # noqa: B027
+        """End, after the last call."""
+
+    def engine_starts(self) -> None:  # noqa: B027
+        """Learn that an engine has started (``GetCapabilities``), and asks again if `requires_request_replay`."""
 
     @abstractmethod
     def request_pool(self, request: PoolRequest) -> Pool:

@@ -430,6 +430,7 @@ class IpamLifecycle:
         }
 
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
+        self._driver.engine_starts()
         return messages.encode(
             {
                 "RequiresMACAddress": self._driver.requires_mac_address,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from netplugin_sdk import messages
 from netplugin_sdk.calls import Call
+from netplugin_sdk.database import Folder
 from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
@@ -67,21 +68,26 @@ class Plugin:
         kinds = {_kind(driver): driver for driver in drivers}
         if not drivers or len(kinds) != len(drivers):
             raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
+        self._folder = None if state is None else Folder(Path(state))
         self._store: Store[Any] | None = None
+        self._ipam: IpamDriver | None = None
         self._reconciler: Reconciler[Any] | None = None
         self._rests: Callable[[], None] = lambda: None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
+        folder = None if self._folder is None else self._folder.path
         try:
             for kind, driver in kinds.items():
                 if isinstance(driver, NetworkDriver):
-                    self._store = Store(None if state is None else Path(state), driver.options_type)
+                    self._store = Store(folder, driver.options_type)
                     lifecycle = NetworkLifecycle(driver, self._store)
                     self._rests = lifecycle.close
                     routes = lifecycle.routes()
                     self._reconciler = Reconciler(lifecycle, None if docker is None else Path(docker))
                     self._reconciler.start()
                 else:
+                    self._ipam = driver
+                    driver.open(folder)
                     routes = IpamLifecycle(driver).routes()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
         except BaseException:
@@ -183,6 +189,10 @@ class Plugin:
         self._rests()
         if self._store is not None:
             self._store.close()
+        if self._ipam is not None:
+            self._ipam.close()
+        if self._folder is not None:
+            self._folder.close()
 
     def __enter__(self) -> Plugin:
         return self

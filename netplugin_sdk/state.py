@@ -9,13 +9,8 @@ The file is read once, when it is opened; from then on the objects in memory are
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
-import sqlite3
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +21,11 @@ from typing_extensions import TypeVar
 
 from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.database import Database
 from netplugin_sdk.docker import Container
-from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from netplugin_sdk.errors import InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, EndpointOptions, IpamData
 from netplugin_sdk.options import DriverOptions, from_text
-
-_log = logging.getLogger("netplugin_sdk")
 
 OptionsT = TypeVar("OptionsT", bound=DriverOptions, default=DriverOptions)
 DataT = TypeVar("DataT")
@@ -72,11 +66,6 @@ CREATE TABLE joins (
 );
 """
 _MIGRATIONS = (_SCHEMA,)
-"""SQL that leads from each version of the file to the next. An empty file has version 0. Released ones never change."""
-_FORGET_ENDPOINTS = (
-    "DELETE FROM joins WHERE key IN (SELECT key FROM endpoints WHERE network_id = ?)",
-    "DELETE FROM endpoints WHERE network_id = ?",
-)
 
 
 class NetworkRow(msgspec.Struct, frozen=True):
@@ -320,69 +309,40 @@ class Network(_Record[NetworkRow], Generic[OptionsT]):
 class Store(Generic[OptionsT]):
     """The networks of one plugin and the file that they are kept in.
 
-    `folder` None keeps them in memory only. Otherwise it is made where it is missing, with mode 0700, and locked while
-    the store is open. `options_type` is the class of `Network.options`.
+    `folder` None keeps them in memory only; otherwise this process holds it. `options_type` is the class of
+    `Network.options`.
 
-    Raises:
-        Conflict: another process holds the folder.
-        Unavailable: the folder or the file cannot be used; the text says why.
+    Raises `Unavailable` if the file cannot be used; the text says why.
     """
 
     def __init__(self, folder: Path | None, options_type: type[OptionsT]) -> None:
         self.networks: dict[str, Network[OptionsT]] = {}
         self._options_type = options_type
         self._lock = threading.Lock()
-        self._folder = None if folder is None else _hold(folder)
-        file = ":memory:" if folder is None else str(folder / "state.db")
+        self._database = Database(None if folder is None else folder / "state.db", _MIGRATIONS)
         try:
-            self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-            self._prepare(file)
-            self._load(file)
-        except sqlite3.Error as error:
-            self.close()
-            raise Unavailable(f"cannot use the state file {file}: {error}") from error
+            self._load()
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, file: str) -> None:
-        db = self._db
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if not 0 <= version <= len(_MIGRATIONS):
-            raise Unavailable(
-                f"the state file {file} has version {version} and this SDK knows versions up to {len(_MIGRATIONS)}; "
-                "it is left as it is"
-            )
-        db.execute("PRAGMA page_size = 1024")  # a page is the least that is written, and a row has about this size
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # the folder is locked already; spares four calls a statement
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
-        # A killed process loses nothing that is in the log, synced or not; `synced` rows also survive a power cut.
-        db.execute("PRAGMA synchronous = NORMAL")
-        if 0 < version < len(_MIGRATIONS):
-            kept = Path(f"{file}.version-{version}")
-            kept.unlink(missing_ok=True)  # half of one
-            db.execute("VACUUM INTO ?", (str(kept),))
-            _log.warning("the state file %s becomes version %d; as it was it stays in %s", file, len(_MIGRATIONS), kept)
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT")
-
-    def _load(self, file: str) -> None:
+    def _load(self) -> None:
         try:
-            for values in self._db.execute("SELECT * FROM networks"):
+            for values in self._database.read("SELECT * FROM networks"):
                 network = NetworkRow(*values)
                 request = messages.decode(messages.CreateNetwork, network.request)
                 self.networks[network.id] = Network(network, request, self._options_type, self._attach)
             listed: dict[int | None, Endpoint] = {}
-            for values in self._db.execute("SELECT * FROM endpoints"):
+            for values in self._database.read("SELECT * FROM endpoints"):
                 endpoint = EndpointRow(*values)
                 asked = messages.decode(messages.CreateEndpoint, endpoint.request)
                 listed[endpoint.key] = Endpoint(endpoint, asked, self._attach)
                 self.networks[endpoint.network_id]._endpoints[endpoint.id] = listed[endpoint.key]
-            for values in self._db.execute("SELECT * FROM joins"):
+            for values in self._database.read("SELECT * FROM joins"):
                 join = JoinRow(*values)
                 listed[join.key].join = join
         except (InvalidRequest, KeyError) as error:
+            file = self._database.name
             raise Unavailable(f"the state file {file} is damaged, and left as it is: {error}") from error
 
     def new_network(self, request: messages.CreateNetwork, body: bytes) -> Network[OptionsT]:
@@ -414,11 +374,13 @@ class Store(Generic[OptionsT]):
         synced = row.synced and row.intent is None
         if row.key is not None:
             columns = ", ".join([f"{column} = ?" for column in changes])
-            self._write(synced, f"UPDATE {row.table} SET {columns} WHERE key = ?", (*changes.values(), row.key))
+            self._database.write(
+                f"UPDATE {row.table} SET {columns} WHERE key = ?", (*changes.values(), row.key), synced=synced
+            )
         else:
             values = msgspec.structs.astuple(row)
             places = ", ".join("?" * len(values))
-            key = self._write(synced, f"INSERT INTO {row.table} VALUES ({places})", values)
+            key = self._database.write(f"INSERT INTO {row.table} VALUES ({places})", values, synced=synced)
             row = msgspec.structs.replace(row, key=key)
         record.row = row
         if isinstance(record, Network):
@@ -430,22 +392,20 @@ class Store(Generic[OptionsT]):
         """Write down that the endpoint is in a sandbox. Raises `Unavailable` if it cannot be written."""
         join = JoinRow(endpoint.row.key, request, answer)
         with self._lock:
-            self._write(False, "INSERT OR REPLACE INTO joins VALUES (?, ?, ?)", msgspec.structs.astuple(join))
+            self._database.write("INSERT OR REPLACE INTO joins VALUES (?, ?, ?)", msgspec.structs.astuple(join))
             endpoint.join = join
 
     def forget_join(self, endpoint: Endpoint) -> None:
         """Write down that it is in none. Raises `Unavailable` if it cannot be written."""
         with self._lock:
-            self._write(False, "DELETE FROM joins WHERE key = ?", (endpoint.row.key,))
+            self._database.write("DELETE FROM joins WHERE key = ?", (endpoint.row.key,))
             endpoint.join, endpoint.may_be_joined = None, False
 
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
         with self._lock:
-            if isinstance(record, Network):  # with endpoints whose deletion failed after its answer
-                for statement in _FORGET_ENDPOINTS:
-                    self._write(False, statement, (record.id,))
-            self._write(record.row.synced, f"DELETE FROM {record.row.table} WHERE key = ?", (record.row.key,))
+            statement = f"DELETE FROM {record.row.table} WHERE key = ?"
+            self._database.write(statement, (record.row.key,), synced=record.row.synced)
             self._unlist(record)
 
     def unlist(self, record: Network[OptionsT] | Endpoint) -> None:
@@ -467,42 +427,7 @@ class Store(Generic[OptionsT]):
             return network is not None and network.endpoints.get(record.id) is record
         return isinstance(record, Network) and self.networks.get(record.id) is record
 
-    def _write(self, synced: bool, statement: str, values: tuple[object, ...]) -> int | None:
-        """One statement, which is one transaction; the key of a row that it inserted. The lock is held."""
-        try:
-            if synced:
-                self._db.execute("PRAGMA synchronous = FULL")
-            try:
-                return self._db.execute(statement, values).lastrowid
-            finally:
-                if synced:
-                    self._db.execute("PRAGMA synchronous = NORMAL")
-        except sqlite3.Error as error:
-            raise Unavailable(f"cannot write the plugin's state: {error}") from error
-
     def close(self) -> None:
-        """Close the file and let the folder go. The store cannot be used afterwards."""
+        """Close the file. The store cannot be used afterwards."""
         with self._lock:
-            with suppress(AttributeError):  # the file could not be opened
-                self._db.close()
-            if self._folder is not None:
-                os.close(self._folder)
-                self._folder = None
-
-
-def _hold(folder: Path) -> int:
-    """Make the folder and lock it, until the returned descriptor is closed."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise Unavailable(f"cannot use the state folder {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(held, 20, 0).decode() or "another process"
-        os.close(held)
-        raise Conflict(f"the state folder {folder} is in use by {holder}") from None
-    os.ftruncate(held, 0)
-    os.pwrite(held, f"pid {os.getpid()}".encode(), 0)
-    return held
+            self._database.close()
