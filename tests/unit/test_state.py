@@ -28,6 +28,7 @@ import pytest
 from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable, state
 from netplugin_sdk import messages as m
 from netplugin_sdk.addresses import IPInterface
+from netplugin_sdk.database import Folder
 from netplugin_sdk.state import Endpoint, Network, Store
 
 from .lab import (
@@ -305,24 +306,24 @@ def test_attaching_from_a_thread_of_the_author_loses_nothing_of_a_call(tmp_path:
 
 def test_the_folder_is_made_for_its_owner_only(tmp_path: Path) -> None:
     folder = tmp_path / "var" / "l2"
-    Store(folder, Options).close()
+    Folder(folder).close()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "lock").stat().st_mode) == 0o600
 
 
 def test_a_second_holder_is_told_who_has_the_folder(tmp_path: Path) -> None:
-    first = Store(tmp_path, Options)
+    first = Folder(tmp_path)
     with pytest.raises(Conflict, match=f"is in use by pid {os.getpid()}$"):
-        Store(tmp_path, Options)
+        Folder(tmp_path)
     first.close()
-    Store(tmp_path, Options).close()
+    first.close()
+    Folder(tmp_path).close()
 
 
 def test_another_process_that_holds_the_folder_is_named(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from netplugin_sdk import DriverOptions; "
-        "from netplugin_sdk.state import Store; "
-        "store = Store(Path(sys.argv[1]), DriverOptions); print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from netplugin_sdk.database import Folder; "
+        "folder = Folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -330,21 +331,21 @@ def test_another_process_that_holds_the_folder_is_named(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(Conflict, match=f"is in use by pid {holder.pid}$"):
-            Store(tmp_path, Options)
-    Store(tmp_path, Options).close()
+            Folder(tmp_path)
+    Folder(tmp_path).close()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Unavailable, match=r"cannot use the state folder .*/file/l2: Not a directory"):
-        Store(tmp_path / "file" / "l2", Options)
+        Folder(tmp_path / "file" / "l2")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, which nobody can write to")
 def test_a_folder_that_cannot_be_written() -> None:
     # root may write anywhere else
     with pytest.raises(Unavailable, match="cannot use the state folder /proc/self"):
-        Store(Path("/proc/self"), Options)
+        Folder(Path("/proc/self"))
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ def test_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     before = (tmp_path / "state.db").read_bytes()
     with pytest.raises(Unavailable, match="has version 2 and this SDK knows versions up to 1; it is left as it is"):
         Store(tmp_path, Options)
-    assert {path.name for path in tmp_path.iterdir()} == {"state.db", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"state.db"}
     assert (tmp_path / "state.db").read_bytes() == before
 
 
