@@ -47,16 +47,15 @@ class Numbers:
 
     def __iter__(self) -> Iterator[int]:
         """In ascending order."""
-        return self._within(len(self._floors) - 1, 0)
-
-    def _within(self, height: int, node: int) -> Iterator[int]:
-        mask = self._floors[height].get(node, 0)
-        for bit in range(_FANOUT):
-            child = (node << _BITS) + bit
-            if mask >> bit & 1:
-                yield from range(child << _BITS * height, min((child + 1) << _BITS * height, self._size))
-            elif height and mask != _FULL:
-                yield from self._within(height - 1, child)
+        pieces = sorted(
+            ((node << _BITS) + bit << _BITS * height, 1 << _BITS * height)
+            for height, floor in enumerate(self._floors)
+            for node, mask in floor.items()
+            for bit in range(_FANOUT)
+            if mask >> bit & 1
+        )
+        for first, length in pieces:
+            yield from range(first, first + length)
 
     def add(self, number: int) -> bool:
         """Whether it was not in the set."""
