@@ -153,7 +153,7 @@ class PoolIpamDriver(IpamDriver):
         self._database.close()
         self._database = database = Database(None if folder is None else folder / "ipam.db", _MIGRATIONS)
         keys: dict[int, _Network] = {}
-        query = "SELECT key, space, network, part, options FROM pools JOIN networks ON networks.key = pools.network"
+        query = "SELECT key, space, networks.network, part, options FROM pools JOIN networks ON key = pools.network"
         for key, space, network, part, options in database.read(query):
             pool = _Pool(space, ip_network(network), _part(part), PoolOptions.parse(msgspec.json.decode(options)))
             addresses = self._spaces[space].add(pool.network, pool.part)

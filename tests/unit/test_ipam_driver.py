@@ -1,0 +1,343 @@
+"""The ready-made IPAM driver, asked as an engine asks: over the plugin's table of methods, with its file on disk."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netplugin_sdk import Plugin
+from netplugin_sdk.addresses import IPNetwork
+from netplugin_sdk.ipam import DefaultPool, PoolIpamDriver
+
+MAC, OTHER_MAC = "02:42:ac:11:00:02", "02:42:ac:11:00:03"
+GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+
+
+class Engine:
+    """Asks a plugin, which it can start again on the same disk."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.now = 1_000_000.0
+        self.occupied: list[IPNetwork] = []
+        self._start()
+
+    def _start(self) -> None:
+        defaults = [DefaultPool.parse("172.16.0.0/14 size 16"), DefaultPool.parse("fd00::/62 size 64")]
+        driver = PoolIpamDriver(local=defaults, occupied=lambda: self.occupied, clock=lambda: self.now)
+        self.plugin = Plugin(driver, state=self.folder)
+
+    def restart_plugin(self) -> None:
+        self.plugin.close()
+        self._start()
+
+    def ask(self, method: str, **content: Any) -> tuple[int, Any]:
+        answer = self.plugin.handle(f"/IpamDriver.{method}", json.dumps(content).encode())
+        return answer.status, json.loads(answer.body)
+
+    def __call__(self, method: str, **content: Any) -> Any:
+        status, answer = self.ask(method, **content)
+        assert status == 200, answer
+        return answer
+
+    def refused(self, method: str, **content: Any) -> str:
+        status, answer = self.ask(method, **content)
+        assert status != 200, answer
+        return str(answer["Error"])
+
+    def pool(
+        self, pool: str = "", sub_pool: str = "", space: str = "LocalDefault", v6: bool = False, **opt: str
+    ) -> str:
+        request = {"AddressSpace": space, "Pool": pool, "SubPool": sub_pool, "Options": opt, "V6": v6}
+        answer = self("RequestPool", **request)
+        assert answer["Data"] == {}
+        return str(answer["PoolID"])
+
+    def address(self, pool: str, mac: str = "", address: str = "", name: str = "", **options: str) -> str:
+        options |= {"com.docker.network.endpoint.macaddress": mac} if mac else {}
+        options |= {"com.docker.network.endpoint.name": name} if name else {}
+        return str(self("RequestAddress", PoolID=pool, Address=address, Options=options)["Address"])
+
+    def gateway(self, pool: str, address: str = "") -> str:
+        return self.address(pool, address=address, **GATEWAY)
+
+    def release(self, pool: str, address: str) -> None:
+        assert self("ReleaseAddress", PoolID=pool, Address=address.partition("/")[0]) == {}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(tmp_path)
+    yield engine
+    engine.plugin.close()
+
+
+# A day
+
+
+def test_a_network_and_a_container(engine: Engine) -> None:
+    assert engine("GetCapabilities") == {"RequiresMACAddress": True, "RequiresRequestReplay": False}
+    pool = engine.pool("10.1.0.0/24")
+    assert pool == "LocalDefault/10.1.0.0/24"
+    assert engine.gateway(pool) == "10.1.0.1/24"
+    assert engine.address(pool, address="10.1.0.5") == "10.1.0.5/24"  # --aux-address
+    assert engine.address(pool, MAC) == "10.1.0.2/24"
+    assert engine.address(pool, OTHER_MAC, address="10.1.0.9") == "10.1.0.9/24"
+    assert engine.refused("RequestAddress", PoolID=pool, Address="10.1.0.9") == "Address already in use"
+    assert engine.refused("RequestAddress", PoolID=pool, Address="10.2.0.9") == "requested address is out of range"
+    for address in ("10.1.0.9", "10.1.0.2", "10.1.0.5", "10.1.0.1"):
+        engine.release(pool, address)
+    assert engine("ReleasePool", PoolID=pool) == {}
+    assert rows(engine, "addresses") == rows(engine, "pools") == rows(engine, "networks") == 0
+
+
+def rows(engine: Engine, table: str) -> int:
+    """In a copy of the file, since nobody else reads it."""
+    engine.restart_plugin()
+    engine.plugin.close()
+    assert engine.folder is not None
+    with closing(sqlite3.connect(engine.folder / "ipam.db")) as db:
+        (count,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+    engine._start()
+    return int(count)
+
+
+def test_pools_of_its_own_choice_avoid_each_other_and_the_host(engine: Engine) -> None:
+    engine.occupied = [ip_network("172.17.3.0/24"), ip_network("fd00:0:0:1::/64")]
+    assert [engine.pool() for _ in range(2)] == ["LocalDefault/172.16.0.0/16", "LocalDefault/172.18.0.0/16"]
+    assert [engine.pool(v6=True) for _ in range(2)] == ["LocalDefault/fd00::/64", "LocalDefault/fd00:0:0:2::/64"]
+    assert engine.pool("0.0.0.0/24") == "LocalDefault/172.17.0.0/24"
+    assert engine.pool() == "LocalDefault/172.19.0.0/16"
+    assert "fully subnetted" in engine.refused("RequestPool", AddressSpace="LocalDefault")
+    engine("ReleasePool", PoolID="LocalDefault/172.18.0.0/16")
+    assert engine.pool() == "LocalDefault/172.18.0.0/16"
+
+
+def test_spaces_know_nothing_of_each_other(engine: Engine) -> None:
+    assert engine.pool("10.0.0.0/24") != engine.pool("10.0.0.0/24", space="GlobalDefault")
+    assert engine.pool(space="GlobalDefault") == "GlobalDefault/10.0.1.0/24"
+    assert engine.refused("RequestPool", AddressSpace="Mars") == "invalid address space 'Mars'"
+
+
+def test_parts_of_a_network(engine: Engine) -> None:
+    one, two = engine.pool("10.0.0.0/16", "10.0.1.0/24"), engine.pool("10.0.0.0/16", "10.0.2.0/24")
+    assert engine.gateway(one) == "10.0.1.0/16"
+    assert engine.gateway(two) == "10.0.2.0/16"
+    assert [engine.address(one), engine.address(two)] == ["10.0.1.1/16", "10.0.2.1/16"]
+    assert engine.refused("RequestAddress", PoolID=two, Address="10.0.1.1") == "Address already in use"
+    engine("ReleasePool", PoolID=one)
+    assert engine.refused("RequestAddress", PoolID=two, Address="10.0.2.1") == "Address already in use"
+    assert engine.refused("RequestAddress", PoolID=one) == f"cannot find address pool for poolID:{one}"
+    engine("ReleasePool", PoolID=two)
+    assert engine.address(engine.pool("10.0.0.0/16")) == "10.0.0.1/16"
+
+
+def test_what_overlaps(engine: Engine) -> None:
+    overlaps = "Pool overlaps with other one on this address space"
+    pool = engine.pool("10.0.0.0/16")
+    engine.gateway(pool)
+    for other in ("10.0.0.0/16", "10.0.3.0/24", "10.0.0.0/8"):
+        assert engine.refused("RequestPool", AddressSpace="LocalDefault", Pool=other) == overlaps
+
+
+# Asked again
+
+
+def test_who_asks_again_gets_the_same_address(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/24")
+    assert {engine.gateway(pool) for _ in range(3)} == {"10.1.0.1/24"}
+    assert {engine.address(pool, MAC) for _ in range(3)} == {"10.1.0.2/24"}
+    assert {engine.address(pool, OTHER_MAC, address="10.1.0.9") for _ in range(3)} == {"10.1.0.9/24"}
+    assert {engine.gateway(pool, "10.1.0.1") for _ in range(3)} == {"10.1.0.1/24"}
+    engine.restart_plugin()
+    assert engine.gateway(pool) == "10.1.0.1/24"
+    assert engine.address(pool, MAC) == "10.1.0.2/24"
+    assert rows(engine, "addresses") == 3
+
+
+def test_a_pool_that_nobody_uses_is_given_again(engine: Engine) -> None:
+    """Its answer was lost: the engine always asks for more before it is content."""
+    first = engine.pool("10.1.0.0/24")
+    assert engine.pool("10.1.0.0/24") == first
+    engine.restart_plugin()
+    assert engine.pool("10.1.0.0/24") == first
+    assert rows(engine, "pools") == 1
+    assert engine.pool() != engine.pool()
+
+
+def test_what_is_given_back_twice_is_given_back(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/24")
+    engine.address(pool, MAC)
+    engine.release(pool, "10.1.0.2")
+    engine.release(pool, "10.1.0.1")
+    engine.release(pool, "10.1.0.1")
+    engine.release("LocalDefault/10.9.0.0/24", "10.9.0.1")
+    for _ in range(2):
+        assert engine("ReleasePool", PoolID=pool) == {}
+
+
+def test_a_plugin_without_a_disk_is_asked_again_by_the_engine() -> None:
+    engine = Engine(None)
+    assert engine("GetCapabilities")["RequiresRequestReplay"] is True
+    pool = engine.pool("10.1.0.0/24")
+    assert engine.gateway(pool) == "10.1.0.1/24"
+    assert engine.address(pool, MAC) == "10.1.0.2/24"
+    assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24")
+    engine("GetCapabilities")  # an engine that starts
+    assert engine.pool("10.1.0.0/24") == pool
+    assert engine.gateway(pool, "10.1.0.1") == "10.1.0.1/24"
+    assert engine.address(pool, OTHER_MAC) == "10.1.0.3/24"
+    assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24")
+    engine.restart_plugin()  # and with it a plugin that has forgotten
+    engine("GetCapabilities")
+    assert engine.pool("10.1.0.0/24") == pool
+    assert engine.gateway(pool, "10.1.0.1") == "10.1.0.1/24"
+    engine.plugin.close()
+
+
+# Options
+
+
+def test_serial(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/29", strategy="serial")
+    assert engine.address(pool, MAC) == "10.1.0.1/29"
+    engine.release(pool, "10.1.0.1")
+    assert engine.address(pool, MAC) == "10.1.0.2/29"
+
+
+def test_hashed_follows_from_the_mac_address(engine: Engine) -> None:
+    pool = engine.pool("10.0.0.0/8", strategy="hashed")
+    mine = engine.address(pool, MAC)
+    engine.release(pool, mine)
+    assert engine.address(pool, OTHER_MAC) != mine
+    assert engine.address(pool, MAC) == mine
+
+
+def test_hashed_follows_from_the_name_where_that_is_whom_addresses_are_kept_for(engine: Engine) -> None:
+    pool = engine.pool("10.0.0.0/8", strategy="hashed", lease="name", lease_time="1")
+    mine = engine.address(pool, MAC, name="web")
+    engine.release(pool, mine)
+    engine.now += 2
+    assert engine.address(pool, OTHER_MAC, name="db") != mine
+    assert engine.address(pool, "02:42:ac:11:00:04", name="web") == mine
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_quarantine(engine: Engine, restarted: bool) -> None:
+    pool = engine.pool("10.1.0.0/29", quarantine="60")
+    assert engine.address(pool, MAC) == "10.1.0.1/29"
+    engine.release(pool, "10.1.0.1")
+    if restarted:
+        engine.restart_plugin()
+    assert [engine.address(pool) for _ in range(5)] == [f"10.1.0.{n}/29" for n in range(2, 7)]
+    assert engine.address(pool) == "10.1.0.1/29"  # in need
+    engine.release(pool, "10.1.0.1")
+    engine.release(pool, "10.1.0.2")
+    engine.now += 61
+    if restarted:
+        engine.restart_plugin()
+    assert engine.address(pool) == "10.1.0.1/29"
+    assert rows(engine, "addresses") == 5
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    ("lease", "who", "other"),
+    [("mac", {"mac": MAC}, {"mac": OTHER_MAC}), ("name", {"name": "web"}, {"name": "db"})],
+    ids=["mac", "name"],
+)
+def test_an_address_is_kept_for_who_comes_back(
+    engine: Engine, lease: str, who: dict[str, str], other: dict[str, str], restarted: bool
+) -> None:
+    pool = engine.pool("10.1.0.0/29", lease=lease, lease_time="100")
+    engine.gateway(pool)
+    mine = engine.address(pool, **who)
+    engine.release(pool, mine)
+    if restarted:
+        engine.restart_plugin()
+    assert engine.address(pool, **other) != mine
+    engine.now += 50
+    assert engine.address(pool, **who) == mine
+    engine.release(pool, mine)
+    engine.now += 101
+    assert engine.address(pool) == mine  # not for ever
+
+
+def test_a_name_that_is_in_use_is_no_reason_to_share_an_address(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/29", lease="name")
+    first = engine.address(pool, MAC, name="web")
+    second = engine.address(pool, OTHER_MAC, name="web")  # before the first one's was given back
+    assert first != second
+    engine.release(pool, first)
+    engine.release(pool, second)
+    assert engine.address(pool, "02:42:ac:11:00:09", name="web") == second  # the last that it had
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "best"}, "option strategy='best': expected first-free, serial or hashed"),
+        ({"quarantine": "-1"}, "option quarantine='-1': expected"),
+        ({"lease": "you"}, "option lease='you': expected none, mac or name"),
+        ({"what": "1"}, "unknown option 'what'; known options: lease, lease_time, quarantine, strategy"),
+    ],
+)
+def test_options_that_are_none(engine: Engine, options: dict[str, str], said: str) -> None:
+    refused = engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24", Options=options)
+    assert refused.startswith(said)
+    engine.pool("10.1.0.0/24")
+
+
+# The disk
+
+
+def test_all_is_on_disk_when_it_is_answered(engine: Engine) -> None:
+    pools = [engine.pool("10.1.0.0/24", strategy="serial"), engine.pool("fd00:9::/64"), engine.pool()]
+    before = [engine.address(pool, MAC) for pool in pools]
+    engine.restart_plugin()
+    assert [engine.address(pool, MAC) for pool in pools] == before
+    assert engine.address(pools[0]) == "10.1.0.2/24"
+    assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/25")
+
+
+def test_what_cannot_be_written_is_not_given_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netplugin_sdk import Unavailable
+    from netplugin_sdk.database import Database
+
+    pool = engine.pool("10.1.0.0/24")
+    with monkeypatch.context() as broken:
+
+        def fail(*_: object, **__: object) -> None:
+            raise Unavailable("cannot write the plugin's state: disk I/O error")
+
+        broken.setattr(Database, "write", fail)
+        for method, content in (
+            ("RequestAddress", {"PoolID": pool, "Options": {"com.docker.network.endpoint.macaddress": MAC}}),
+            ("RequestPool", {"AddressSpace": "LocalDefault", "Pool": "10.2.0.0/24"}),
+            ("ReleasePool", {"PoolID": pool}),
+        ):
+            assert "disk I/O error" in engine.refused(method, **content)
+    assert engine.address(pool, OTHER_MAC) == "10.1.0.1/24"
+    engine.pool("10.2.0.0/24")
+
+
+def test_many_at_once_get_each_its_own(engine: Engine) -> None:
+    pool, answers = engine.pool("10.1.0.0/22"), list[str]()
+
+    def work(first: int) -> None:
+        answers.extend(engine.address(pool, f"02:00:00:00:{first:02x}:{n:02x}") for n in range(100))
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(answers)) == len(answers) == 800
