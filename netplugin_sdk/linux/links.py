@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _IFF_UP = 0x1  # linux/if.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
+_OF_THE_KERNEL = (2, 3, 4, 5)  # linux/rtnetlink.h: RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
 
@@ -144,6 +145,14 @@ def describe(name: str) -> Link:
     """What the kernel knows of this interface. Raises `NotFound` if there is none of this name."""
     _check_name(name)
     return _netlink.run(_describe, name)
+
+
+def occupied() -> tuple[IPv4Network | IPv6Network, ...]:
+    """The networks that this host has addresses in or routes to; not the default route.
+
+    Raises `LinkError` if the kernel does not tell.
+    """
+    return _netlink.run(_occupied)
 
 
 def close() -> None:
@@ -406,6 +415,21 @@ def _describe(ipr: Any, name: str) -> Link:
         master=None if master is None else socket.if_indextoname(master),
         addresses=addresses,
     )
+
+
+def _occupied(ipr: Any) -> tuple[IPv4Network | IPv6Network, ...]:
+    found: set[IPv4Network | IPv6Network] = set()
+    try:
+        for address in ipr.addr("dump"):
+            text = address.get("local") or address.get("address")
+            found.add(ip_interface(f"{text}/{address['prefixlen']}").network)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for route in ipr.route("dump", family=family):
+                if (destination := route.get("dst")) is not None and route["type"] not in _OF_THE_KERNEL:
+                    found.add(ip_network(f"{destination}/{route['dst_len']}", strict=False))
+    except NetlinkError as error:
+        raise LinkError("cannot read the host's addresses and routes", error) from error
+    return tuple(found)
 
 
 def _get(ipr: Any, name: str) -> Any | None:

@@ -344,3 +344,24 @@ def test_an_adopted_bridge_is_given_back_as_it_was() -> None:
     links.delete("own")
     links.give_back("own", mtu=1500, up=True)
     assert not links.exists("own")
+
+
+# What the host has
+
+
+@pytest.mark.usefixtures("netns")
+def test_occupied_is_where_the_host_has_addresses_and_routes() -> None:
+    run("ip", "link", "add", "eth9", "type", "veth", "peer", "far9")
+    run("ip", "link", "set", "far9", "up")
+    run("ip", "address", "add", "10.7.1.5/24", "dev", "eth9")
+    run("ip", "address", "add", "fd00:7::5/64", "dev", "eth9", "nodad")
+    run("ip", "link", "set", "eth9", "up")
+    run("ip", "route", "add", "default", "via", "10.7.1.1")
+    run("ip", "route", "add", "10.8.0.0/16", "via", "10.7.1.1")
+    run("ip", "route", "add", "10.9.9.9", "via", "10.7.1.1")
+    run("ip", "route", "add", "blackhole", "10.66.0.0/16")
+    run("ip", "-6", "route", "add", "fd00:8::/48", "via", "fd00:7::1")
+    networks = {str(network) for network in links.occupied()}
+    wanted = {"10.7.1.0/24", "fd00:7::/64", "10.8.0.0/16", "10.9.9.9/32", "10.66.0.0/16", "fd00:8::/48"}
+    assert networks >= wanted
+    assert networks - wanted <= {"127.0.0.0/8", "::1/128", "fe80::/64", "fd00:7::5/128"}

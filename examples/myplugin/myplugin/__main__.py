@@ -2,6 +2,8 @@ import argparse
 
 from myplugin.driver import BridgeDriver
 from netplugin_sdk import DriverError, serve
+from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.linux import links
 
 
 def main() -> None:
@@ -11,7 +13,8 @@ def main() -> None:
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="form of the log on stderr")
     arguments = parser.parse_args()
     try:
-        serve(BridgeDriver(), name=arguments.name, log_format=arguments.log_format)
+        addresses = PoolIpamDriver(occupied=links.occupied)
+        serve(BridgeDriver(), addresses, name=arguments.name, log_format=arguments.log_format)
     except (DriverError, ValueError) as error:
         parser.exit(1, f"myplugin: {error}\n")
 
