@@ -212,7 +212,7 @@ def test_first_free_is_the_lowest() -> None:
 
 
 @given(owners=st.lists(st.text(min_size=1), min_size=1, max_size=30, unique=True))
-@settings(max_examples=50, derandomize=True)
+@settings(max_examples=50, derandomize=True, deadline=None)
 def test_hashed_follows_from_the_owner_whoever_else_is_there(owners: list[str]) -> None:
     big = 1 << 64
     numbers = {owner: NumberPool(0, big).allocate(owner, strategy=Strategy.HASHED) for owner in owners}
