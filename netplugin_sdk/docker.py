@@ -14,11 +14,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from netplugin_sdk import calls
+from netplugin_sdk.addresses import IPAddress, IPNetwork
 from netplugin_sdk.errors import DriverError, Unavailable
 
 if TYPE_CHECKING:
@@ -58,6 +60,17 @@ class Container:
     def compose_service(self) -> str | None:
         """The service of Docker Compose that it belongs to."""
         return self.labels.get("com.docker.compose.service")
+
+
+@dataclass(frozen=True)
+class UsedPool:
+    """An address pool that a network of an engine has."""
+
+    network: IPNetwork
+    part: IPNetwork | None
+    """``--ip-range``."""
+    addresses: frozenset[IPAddress]
+    """Of the network's endpoints, of both IP versions."""
 
 
 class Docker:
@@ -111,6 +124,26 @@ class Docker:
             endpoint["EndpointID"]: None if container.startswith("ep-") else container
             for container, endpoint in (found or {}).items()
         }
+
+    def pools(self) -> list[UsedPool]:
+        """The pools of its networks, but not of those that the engine gives addresses to itself, nor of a swarm's."""
+        found = []
+        for listed in self.networks().values():
+            if listed["Scope"] != "local" or listed["IPAM"]["Driver"] in ("default", "null"):
+                continue
+            try:
+                network = self.call("GET", f"/networks/{listed['Id']}")
+            except DockerError as error:
+                if error.http_status == 404:
+                    continue  # removed meanwhile
+                raise
+            endpoints = (network["Containers"] or {}).values()
+            texts = [endpoint[field] for endpoint in endpoints for field in ("IPv4Address", "IPv6Address")]
+            addresses = frozenset(ip_interface(text).ip for text in texts if text)
+            for pool in network["IPAM"]["Config"] or ():
+                part = ip_network(pool["IPRange"], strict=False) if pool.get("IPRange") else None
+                found.append(UsedPool(ip_network(pool["Subnet"], strict=False), part, addresses))
+        return found
 
     def container(self, container_id: str) -> Container | None:
         """A container; None if there is none.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol
 
 from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.docker import Container
+from netplugin_sdk.docker import Container, UsedPool
 from netplugin_sdk.messages import (
     AddressRef,
     AddressRequest,
@@ -233,6 +233,23 @@ class IpamDriver(ABC):
 
     def engine_starts(self) -> None:  # noqa: B027
         """Learn that an engine has started (``GetCapabilities``), and asks again if `requires_request_replay`."""
+
+    def engine_has(self, engine: str, pools: Sequence[UsedPool]) -> bool:  # noqa: ARG002
+        """Learn which pools and addresses the networks of an engine have.
+
+        If a driver overrides this, the SDK asks the engine in the background, beside calls: when the plugin or the
+        engine starts, on SIGHUP, and after a pool was requested. So a driver finds what was given back while the plugin
+        was down, and what was given out without the engine hearing of it. A network that is being made, or an endpoint,
+        is not listed yet.
+
+        Args:
+            engine: the engine's id.
+            pools: those of the networks of this host that an IPAM plugin gives addresses to.
+
+        Returns:
+            Whether to learn it again in half a minute, since something is missing that may be on its way.
+        """
+        return False
 
     @abstractmethod
     def request_pool(self, request: PoolRequest) -> Pool:

@@ -414,7 +414,9 @@ class IpamLifecycle:
     """Serves the ``IpamDriver`` methods with a driver."""
 
     def __init__(self, driver: IpamDriver) -> None:
-        self._driver = driver
+        self.driver = driver
+        self.requested: Callable[[], None] = lambda: None
+        """Told of each request for a pool, and of each engine that starts."""
         self._locks = Locks()
 
     def routes(self) -> Routes:
@@ -430,36 +432,38 @@ class IpamLifecycle:
         }
 
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
-        self._driver.engine_starts()
+        self.driver.engine_starts()
+        self.requested()
         return messages.encode(
             {
-                "RequiresMACAddress": self._driver.requires_mac_address,
-                "RequiresRequestReplay": self._driver.requires_request_replay,
+                "RequiresMACAddress": self.driver.requires_mac_address,
+                "RequiresRequestReplay": self.driver.requires_request_replay,
             }
         )
 
     def _get_default_address_spaces(self, _request: messages.Nothing, _body: bytes) -> bytes:
         return messages.encode(
             {
-                "LocalDefaultAddressSpace": self._driver.local_address_space,
-                "GlobalDefaultAddressSpace": self._driver.global_address_space,
+                "LocalDefaultAddressSpace": self.driver.local_address_space,
+                "GlobalDefaultAddressSpace": self.driver.global_address_space,
             }
         )
 
     def _request_pool(self, request: messages.PoolRequest, _body: bytes) -> bytes:
+        self.requested()
         with self._locks.hold(""):  # the pool has no id yet
-            return messages.encode(self._driver.request_pool(request))
+            return messages.encode(self.driver.request_pool(request))
 
     def _release_pool(self, request: messages.PoolRef, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id), self._locks.hold(""):
-            self._driver.release_pool(request.pool_id)
+            self.driver.release_pool(request.pool_id)
             return _DONE
 
     def _request_address(self, request: messages.AddressRequest, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id):
-            return messages.encode({"Address": self._driver.request_address(request), "Data": {}})
+            return messages.encode({"Address": self.driver.request_address(request), "Data": {}})
 
     def _release_address(self, request: messages.AddressRef, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id):
-            self._driver.release_address(request)
+            self.driver.release_address(request)
             return _DONE

@@ -143,6 +143,12 @@ def _with_prefix(parse: Callable[[str], T]) -> Callable[[str], T]:
     return parsed
 
 
+@_with_prefix
+def _network(text: str) -> IPNetwork:
+    """An address in it stands for it, as engines up to 23 take it (``--subnet 10.0.0.5/24``)."""
+    return ip_network(text, strict=False)
+
+
 # ------------------------------------------------------------------------------------------------- value types
 
 
@@ -224,10 +230,7 @@ class IpamData(msgspec.Struct, frozen=True, kw_only=True):
 
                 return parsed
 
-            def network(text: str) -> IPNetwork:
-                return ip_network(text, strict=False)
-
-            pool = reader.parsed("Pool", of_version(network), f"an IPv{version} network")
+            pool = reader.parsed("Pool", of_version(_network), f"an IPv{version} network")
             if pool is None:
                 raise reader.wrong("Pool", f"an IPv{version} network", "")
             interface = of_version(ip_interface)
@@ -518,8 +521,8 @@ class PoolRequest(msgspec.Struct, frozen=True, kw_only=True):
     def _read(cls, reader: _Reader) -> Self:
         return cls(
             address_space=reader.text("AddressSpace"),
-            pool=reader.parsed("Pool", _with_prefix(ip_network), "a network in CIDR form"),
-            sub_pool=reader.parsed("SubPool", _with_prefix(ip_network), "a network in CIDR form"),
+            pool=reader.parsed("Pool", _network, "a network in CIDR form"),
+            sub_pool=reader.parsed("SubPool", _network, "a network in CIDR form"),
             options=reader.strings("Options"),
             v6=reader.boolean("V6"),
         )

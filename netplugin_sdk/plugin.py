@@ -15,7 +15,7 @@ from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
 from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Routes
-from netplugin_sdk.reconcile import Reconciler
+from netplugin_sdk.reconcile import PoolReconciler, Reconciler
 from netplugin_sdk.state import Store
 
 if TYPE_CHECKING:
@@ -72,10 +72,12 @@ class Plugin:
         self._store: Store[Any] | None = None
         self._ipam: IpamDriver | None = None
         self._reconciler: Reconciler[Any] | None = None
+        self._pool_reconciler: PoolReconciler | None = None
         self._rests: Callable[[], None] = lambda: None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
         folder = None if self._folder is None else self._folder.path
+        docker = None if docker is None else Path(docker)
         try:
             for kind, driver in kinds.items():
                 if isinstance(driver, NetworkDriver):
@@ -83,12 +85,15 @@ class Plugin:
                     lifecycle = NetworkLifecycle(driver, self._store)
                     self._rests = lifecycle.close
                     routes = lifecycle.routes()
-                    self._reconciler = Reconciler(lifecycle, None if docker is None else Path(docker))
+                    self._reconciler = Reconciler(lifecycle, docker)
                     self._reconciler.start()
                 else:
                     self._ipam = driver
                     driver.open(folder)
-                    routes = IpamLifecycle(driver).routes()
+                    pools = IpamLifecycle(driver)
+                    routes = pools.routes()
+                    self._pool_reconciler = PoolReconciler(pools, docker)
+                    self._pool_reconciler.start()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
         except BaseException:
             self.close()
@@ -178,6 +183,8 @@ class Plugin:
         """
         if self._reconciler is not None:
             self._reconciler.request()
+        if self._pool_reconciler is not None:
+            self._pool_reconciler.request()
 
     def close(self) -> None:
         """Finish what is done after answers, and let the state folder go.
@@ -186,6 +193,8 @@ class Plugin:
         """
         if self._reconciler is not None:
             self._reconciler.close()
+        if self._pool_reconciler is not None:
+            self._pool_reconciler.close()
         self._rests()
         if self._store is not None:
             self._store.close()

@@ -20,8 +20,9 @@ from typing import Generic
 from netplugin_sdk import losses
 from netplugin_sdk.background import Background, Inquiries
 from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import NotFound
-from netplugin_sdk.lifecycle import NetworkLifecycle
+from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle
 from netplugin_sdk.messages import Scope
 from netplugin_sdk.state import Endpoint, Network, OptionsT
 
@@ -37,6 +38,36 @@ class Listed:
     """Attached to a network: which engine has listed it."""
 
     engine: str
+
+
+class PoolReconciler:
+    """Tells an IPAM driver what an engine has, if it wants to know."""
+
+    def __init__(self, lifecycle: IpamLifecycle, docker: Path | None) -> None:
+        self._lifecycle = lifecycle
+        self._driver = lifecycle.driver
+        wanted = type(self._driver).engine_has is not IpamDriver.engine_has
+        self._inquiries = Inquiries(docker) if docker is not None and wanted else None
+
+    def start(self) -> None:
+        """Before the first call."""
+        self._lifecycle.requested = partial(self.request, _TOLD)
+        self.request()
+
+    def request(self, delay: float = 0.0) -> None:
+        """Tell it in `delay` seconds, by a thread of its own."""
+        if self._inquiries is not None:
+            self._inquiries.ask(self._tell, delay)
+
+    def _tell(self, docker: Docker) -> bool:
+        if self._driver.engine_has(docker.call("GET", "/info")["ID"], docker.pools()):
+            self.request(_MISSING)
+        return True
+
+    def close(self) -> None:
+        """End what is done in the background."""
+        if self._inquiries is not None:
+            self._inquiries.close()
 
 
 class Reconciler(Generic[OptionsT]):

@@ -5,7 +5,14 @@ A driver can take its own numbers from a `NumberPool`: VNIs, VLAN ids, ports.
 
 from netplugin_sdk.ipam.driver import Lease, PoolIpamDriver, PoolOptions
 from netplugin_sdk.ipam.numbers import NumberPool, Numbers, Strategy
-from netplugin_sdk.ipam.pools import GLOBAL_DEFAULTS, LOCAL_DEFAULTS, AddressPool, AddressSpace, DefaultPool
+from netplugin_sdk.ipam.pools import (
+    GLOBAL_DEFAULTS,
+    LOCAL_DEFAULTS,
+    AddressPool,
+    AddressSpace,
+    DefaultPool,
+    unique_local,
+)
 
 __all__ = [
     "GLOBAL_DEFAULTS",
@@ -19,4 +26,5 @@ __all__ = [
     "PoolIpamDriver",
     "PoolOptions",
     "Strategy",
+    "unique_local",
 ]

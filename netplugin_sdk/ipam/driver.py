@@ -17,10 +17,18 @@ from msgspec import Meta
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
 from netplugin_sdk.database import Database
+from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import InvalidRequest, NotFound
 from netplugin_sdk.ipam.numbers import Strategy
-from netplugin_sdk.ipam.pools import GLOBAL_DEFAULTS, LOCAL_DEFAULTS, AddressPool, AddressSpace, DefaultPool
+from netplugin_sdk.ipam.pools import (
+    GLOBAL_DEFAULTS,
+    LOCAL_DEFAULTS,
+    AddressPool,
+    AddressSpace,
+    DefaultPool,
+    unique_local,
+)
 from netplugin_sdk.messages import AddressRef, AddressRequest, Pool, PoolRequest
 from netplugin_sdk.options import DriverOptions
 
@@ -38,7 +46,8 @@ CREATE TABLE networks (
 CREATE TABLE pools (
     network INTEGER NOT NULL,
     part TEXT,
-    options TEXT NOT NULL
+    options TEXT NOT NULL,
+    engine TEXT
 );
 CREATE TABLE addresses (
     network INTEGER NOT NULL,
@@ -50,6 +59,12 @@ CREATE TABLE addresses (
 ) WITHOUT ROWID;
 """,
 )
+_LEFTOVERS = (  # of a release, or a request, that was killed
+    "DELETE FROM networks WHERE key NOT IN (SELECT network FROM pools)",
+    "DELETE FROM addresses WHERE network NOT IN (SELECT key FROM networks)",
+)
+_MACHINE_IDS = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
+_MISSING = 60.0  # seconds that an engine must not have a new pool, or an address, before it is taken back
 
 
 class Lease(enum.Enum):
@@ -87,9 +102,11 @@ class _Network:
     addresses: AddressPool
     leases: dict[IPAddress, str] = field(default_factory=dict)
     """Of what is in use: whom it will be kept for."""
+    asked_again: set[IPAddress] = field(default_factory=set)
+    """What an engine may ask for once more, since it has started."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pool:
     """As the engine names it: a network, or a part of one."""
 
@@ -97,6 +114,8 @@ class _Pool:
     network: IPNetwork
     part: IPNetwork | None
     options: PoolOptions
+    engine: str | None = None
+    """That has listed it."""
 
     @property
     def id(self) -> str:
@@ -113,8 +132,12 @@ class PoolIpamDriver(IpamDriver):
     What is given out is on disk, in the plugin's state folder: nothing is asked again after a restart of the engine.
     Without a folder the engine is told to ask again (``RequiresRequestReplay``), and is answered as before.
 
+    What the engine gave back while the plugin was down, or was given without hearing of it, is found and taken back
+    (`engine_has`).
+
     Args:
-        local, global_: where networks come from that nobody names, for hosts and for swarms; Docker's by default.
+        local, global_: where networks come from that nobody names, for hosts and for swarms; by default Docker's, and a
+            unique local IPv6 network that follows from the machine's id.
         occupied: says which networks not to choose then, such as `netplugin_sdk.linux.links.occupied`: those that the
             host has addresses in, or routes to.
         clock: seconds since 1970.
@@ -127,7 +150,7 @@ class PoolIpamDriver(IpamDriver):
     def __init__(
         self,
         *,
-        local: Sequence[DefaultPool] = LOCAL_DEFAULTS,
+        local: Sequence[DefaultPool] | None = None,
         global_: Sequence[DefaultPool] = GLOBAL_DEFAULTS,
         occupied: Callable[[], Iterable[IPNetwork]] = tuple,
         clock: Callable[[], float] = time.time,
@@ -135,13 +158,15 @@ class PoolIpamDriver(IpamDriver):
         self._occupied = occupied
         self._clock = clock
         self._spaces = {
-            self.local_address_space: AddressSpace(local, clock=clock),
+            self.local_address_space: AddressSpace(_local_defaults() if local is None else local, clock=clock),
             self.global_address_space: AddressSpace(global_, clock=clock),
         }
         self._networks: dict[tuple[str, IPNetwork], _Network] = {}
         self._pools: dict[str, _Pool] = {}
         self._asked_again: set[str] = set()
-        """Pools that an engine may ask for once more, since it has started."""
+        """Pools that may be asked for once more: by an engine that has started, or since nobody may know of them."""
+        self._missing: dict[tuple[str, IPAddress | None], float] = {}
+        """Pools, and addresses of pools, that an engine does not have: since when."""
         self._lock = Lock()
         self._database = Database(None, _MIGRATIONS)
 
@@ -152,10 +177,14 @@ class PoolIpamDriver(IpamDriver):
         self.requires_request_replay = folder is None
         self._database.close()
         self._database = database = Database(None if folder is None else folder / "ipam.db", _MIGRATIONS)
+        for statement in _LEFTOVERS:
+            database.write(statement, ())
         keys: dict[int, _Network] = {}
-        query = "SELECT key, space, networks.network, part, options FROM pools JOIN networks ON key = pools.network"
-        for key, space, network, part, options in database.read(query):
-            pool = _Pool(space, ip_network(network), _part(part), PoolOptions.parse(msgspec.json.decode(options)))
+        columns = "key, space, networks.network, part, options, engine"
+        query = f"SELECT {columns} FROM pools JOIN networks ON networks.key = pools.network"
+        for key, space, network, part, options, engine in database.read(query):
+            known_options = PoolOptions.parse(msgspec.json.decode(options))
+            pool = _Pool(space, ip_network(network), _part(part), known_options, engine)
             addresses = self._spaces[space].add(pool.network, pool.part)
             keys[key] = self._networks.setdefault((space, pool.network), _Network(key, addresses))
             self._pools[pool.id] = pool
@@ -167,15 +196,67 @@ class PoolIpamDriver(IpamDriver):
             known.addresses.take(address, owner)
             if lease is not None:
                 known.leases[address] = lease
+        # The answer may have been lost with the plugin that gave it.
+        unheard = (p for p in self._pools.values() if p.engine is None and not len(self._network(p).addresses))
+        self._asked_again = {pool.id for pool in unheard}
 
     def close(self) -> None:
         """Let go of the file."""
         self._database.close()
 
     def engine_starts(self) -> None:
-        """An engine that was told to asks once more for each pool that it has."""
+        """An engine that was told to asks once more for all that it has."""
         if self.requires_request_replay:
-            self._asked_again = set(self._pools)
+            with self._lock:
+                self._asked_again = set(self._pools)
+                for network in self._networks.values():
+                    network.asked_again = set(network.addresses)
+
+    def engine_has(self, engine: str, pools: Sequence[UsedPool]) -> bool:
+        """Take back the pools of networks that are gone, and the addresses of endpoints that are.
+
+        Only this host's: of a swarm's networks an engine lists those that it uses.
+        """
+        used: dict[IPNetwork, set[IPAddress]] = {}
+        for listed in pools:
+            used.setdefault(listed.network, set()).update(listed.addresses)
+        parts = {(listed.network, listed.part) for listed in pools}
+        with self._lock:
+            ours = [pool for pool in self._pools.values() if pool.space == self.local_address_space]
+            known = [pool for pool in ours if (pool.network, pool.part) in parts]
+            for pool in known:
+                self._remember(pool, engine)
+            gone = [pool for pool in ours if pool not in known and pool.engine == engine]
+            for pool in gone:  # it had it, and a network appears only once
+                self._take_back(pool, None)
+            # Another engine may listen there than the one that uses this plugin.
+            unheard = [pool for pool in ours if known and pool not in known and pool.engine is None]
+            missing: list[tuple[_Pool, IPAddress | None]] = [(pool, None) for pool in unheard]
+            for pool in {pool.network: pool for pool in known}.values():
+                addresses = self._network(pool).addresses
+                strays = (a for a in addresses if a not in used[pool.network] and _is_endpoint(addresses.owner(a)))
+                missing += [(pool, address) for address in strays]
+            now = self._clock()
+            self._missing = {(p.id, address): self._missing.get((p.id, address), now) for p, address in missing}
+            for pool, address in missing:
+                if now - self._missing[pool.id, address] >= _MISSING:
+                    self._take_back(pool, address)
+            return bool(self._missing)
+
+    def _remember(self, pool: _Pool, engine: str) -> None:
+        self._asked_again.discard(pool.id)
+        if pool.engine != engine:
+            key, part = self._network(pool).key, None if pool.part is None else str(pool.part)
+            self._database.write("UPDATE pools SET engine = ? WHERE network = ? AND part IS ?", (engine, key, part))
+            pool.engine = engine
+
+    def _take_back(self, pool: _Pool, address: IPAddress | None) -> None:
+        if address is None:
+            _log.warning("pool %s is unknown to Docker: taking it back", pool.id)
+            self._drop_pool(pool)
+        else:
+            _log.warning("address %s of pool %s is unknown to Docker: taking it back", address, pool.id)
+            self._drop_address(pool, address)
 
     # ---------------------------------------------------------------------------------------------------- pools
 
@@ -191,9 +272,13 @@ class PoolIpamDriver(IpamDriver):
                 if part is not None:
                     raise InvalidRequest("invalid address subpool: there is no pool that it is a part of")
                 network = self._choose(space, network, 6 if request.v6 else 4)
-            elif self._is_asked_again(pool_id := _pool_id(request.address_space, network, part)):
-                return Pool(pool_id, network)
             else:
+                pool_id = _pool_id(request.address_space, network, part)
+                if pool_id in self._asked_again:
+                    if self.requires_request_replay:
+                        self._asked_again.discard(pool_id)
+                        return Pool(pool_id, network)
+                    self._drop_pool(self._pools[pool_id])  # whoever asked for it asks again, maybe with other options
                 space.add(network, part)
             pool = _Pool(request.address_space, network, part, options)
             try:
@@ -208,15 +293,6 @@ class PoolIpamDriver(IpamDriver):
             return space.choose(version=version, beside=self._occupied())
         return space.choose(version=wanted.version, size=wanted.prefixlen or None, beside=self._occupied())
 
-    def _is_asked_again(self, pool_id: str) -> bool:
-        """Whether it is an engine's that has it, or that never heard that it has it: then nobody has an address."""
-        pool = self._pools.get(pool_id)
-        if pool is None:
-            return False
-        again = pool_id in self._asked_again or not len(self._network(pool).addresses)
-        self._asked_again.discard(pool_id)
-        return again
-
     def _write_pool(self, pool: _Pool, addresses: AddressPool, options: Mapping[str, str]) -> None:
         where = pool.space, pool.network
         known = self._networks.get(where)
@@ -224,7 +300,8 @@ class PoolIpamDriver(IpamDriver):
             statement = "INSERT INTO networks (space, network) VALUES (?, ?)"
             known = _Network(self._database.write(statement, (pool.space, str(pool.network))), addresses)
         values = known.key, None if pool.part is None else str(pool.part), msgspec.json.encode(dict(options)).decode()
-        self._database.write("INSERT INTO pools VALUES (?, ?, ?)", values, synced=True)
+        statement = "INSERT INTO pools (network, part, options) VALUES (?, ?, ?)"
+        self._database.write(statement, values, synced=True)
         self._networks[where] = known
         self._pools[pool.id] = pool
 
@@ -235,13 +312,18 @@ class PoolIpamDriver(IpamDriver):
             if pool is None:
                 _log.warning("ReleasePool: pool %s is unknown, nothing to release", pool_id)
                 return
-            key, part = self._network(pool).key, None if pool.part is None else str(pool.part)
-            self._database.write("DELETE FROM pools WHERE network = ? AND part IS ?", (key, part), synced=True)
-            del self._pools[pool_id]
-            if self._spaces[pool.space].remove(pool.network, pool.part):
-                del self._networks[pool.space, pool.network]
-                self._database.write("DELETE FROM addresses WHERE network = ?", (key,))
-                self._database.write("DELETE FROM networks WHERE key = ?", (key,))
+            self._drop_pool(pool)
+
+    def _drop_pool(self, pool: _Pool) -> None:
+        key, part = self._network(pool).key, None if pool.part is None else str(pool.part)
+        self._database.write("DELETE FROM pools WHERE network = ? AND part IS ?", (key, part), synced=True)
+        del self._pools[pool.id]
+        self._asked_again.discard(pool.id)
+        self._missing.pop((pool.id, None), None)
+        if self._spaces[pool.space].remove(pool.network, pool.part):
+            del self._networks[pool.space, pool.network]
+            self._database.write("DELETE FROM addresses WHERE network = ?", (key,))
+            self._database.write("DELETE FROM networks WHERE key = ?", (key,))
 
     def _network(self, pool: _Pool) -> _Network:
         return self._networks[pool.space, pool.network]
@@ -256,16 +338,21 @@ class PoolIpamDriver(IpamDriver):
                 raise NotFound(f"cannot find address pool for poolID:{request.pool_id}")
             network, addresses = self._network(pool), self._network(pool).addresses
             self._expire(network)
+            self._asked_again.discard(pool.id)
             owner, lease = _owner(request), None if request.is_gateway else _lease(request, pool.options)
             before = None if owner is None else addresses.of(owner)
             if before is not None and request.address in (None, before.ip):
+                self._missing.pop((pool.id, before.ip), None)
                 return before
+            if request.address in network.asked_again:
+                network.asked_again.discard(request.address)
+                return addresses.interface(request.address)
             if request.address is not None:
                 given = addresses.take(request.address, owner)
             elif (kept := addresses.of(_kept_for(lease) or "")) is not None and _is_in(kept, pool.part):
                 given = addresses.take(kept.ip, owner)
             else:
-                strategy = pool.options.strategy
+                strategy = Strategy.FIRST_FREE if request.is_gateway else pool.options.strategy
                 given = addresses.allocate(owner, within=pool.part, strategy=strategy, seed=lease)
             try:
                 self._write_address(network, given.ip, owner, lease, None)
@@ -280,19 +367,28 @@ class PoolIpamDriver(IpamDriver):
         """Take it back, and keep it for who had it, or from others, as the pool's options say."""
         with self._lock:
             pool = self._pools.get(address.pool_id)
-            if pool is None or address.address not in (network := self._network(pool)).addresses:
+            if pool is None or address.address not in self._network(pool).addresses:
                 _log.warning("ReleaseAddress: %s is not given out, nothing to release", address.address)
                 return
-            lease = network.leases.get(address.address)
-            hold = pool.options.quarantine if lease is None else pool.options.lease_time
-            if hold:
-                until = self._clock() + hold
-                self._write_address(network, address.address, None, lease, until)
-                network.addresses.hold(address.address, until, _kept_for(lease))
-            else:
-                self._forget_address(network, address.address)
-                network.addresses.release(address.address)
-            network.leases.pop(address.address, None)
+            self._drop_address(pool, address.address)
+
+    def _drop_address(self, pool: _Pool, address: IPAddress) -> None:
+        network = self._network(pool)
+        lease, hold = network.leases.get(address), pool.options.quarantine
+        if lease is not None:
+            hold = pool.options.lease_time
+        elif network.addresses.owner(address) == _gateway(pool.id):
+            hold = 0.0  # the network ends
+        if hold:
+            until = self._clock() + hold
+            self._write_address(network, address, None, lease, until)
+            network.addresses.hold(address, until, _kept_for(lease))
+        else:
+            self._forget_address(network, address)
+            network.addresses.release(address)
+        network.leases.pop(address, None)
+        network.asked_again.discard(address)
+        self._missing.pop((pool.id, address), None)
 
     def _expire(self, network: _Network) -> None:
         for address in network.addresses.expire():
@@ -310,10 +406,18 @@ class PoolIpamDriver(IpamDriver):
 
 
 def _owner(request: AddressRequest) -> str | None:
-    """Who has the address while it is in use."""
+    """Who has the address while it is in use: a gateway, an endpoint, or nobody in particular."""
     if request.is_gateway:
-        return f"gateway {request.pool_id}"
+        return _gateway(request.pool_id)
     return None if request.mac_address is None else str(request.mac_address)
+
+
+def _gateway(pool_id: str) -> str:
+    return f"gateway {pool_id}"
+
+
+def _is_endpoint(owner: str | None) -> bool:
+    return owner is not None and not owner.startswith("gateway ")
 
 
 def _lease(request: AddressRequest, options: PoolOptions) -> str | None:
@@ -330,6 +434,11 @@ def _lease(request: AddressRequest, options: PoolOptions) -> str | None:
 def _kept_for(lease: str | None) -> str | None:
     """The owner of what is kept, so that it is nobody's who has an address."""
     return None if lease is None else f"lease {lease}"
+
+
+def _local_defaults() -> tuple[DefaultPool, ...]:
+    machine = next(file for file in _MACHINE_IDS if file.exists()).read_text().strip()
+    return (*LOCAL_DEFAULTS, unique_local(machine))
 
 
 def _part(text: str | None) -> IPNetwork | None:

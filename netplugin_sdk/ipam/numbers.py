@@ -164,12 +164,16 @@ class NumberPool:
         self._by_time: list[Held] = []  # a heap; what is not in `_held` any more is skipped
 
     def __len__(self) -> int:
-        """How many are in use, or held."""
-        return len(self._used)
+        """How many are in use."""
+        return len(self._used) - len(self._held)
 
     def __contains__(self, number: int) -> bool:
         """Whether it is in use."""
         return self.first <= number <= self.last and number - self.first in self._used and number not in self._held
+
+    def __iter__(self) -> Iterator[int]:
+        """Those that are in use, in ascending order."""
+        return (number for index in self._used if (number := self.first + index) not in self._held)
 
     def owner(self, number: int) -> str | None:
         """Who has it, or whom it is held for."""

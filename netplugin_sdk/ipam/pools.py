@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Interface, IPv6Interface, ip_network
+from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_network
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -36,17 +37,22 @@ class AddressPool:
         self._reserved += 1
 
     def __len__(self) -> int:
-        """How many addresses are in use, or held."""
+        """How many addresses are in use."""
         return len(self._numbers) - self._reserved
 
     def __contains__(self, address: IPAddress) -> bool:
-        """Whether it is in use, or never given out."""
-        return address.version == self.network.version and int(address) in self._numbers
+        """Whether it is in use."""
+        return address in self.network and not self._is_reserved(address) and int(address) in self._numbers
+
+    def __iter__(self) -> Iterator[IPAddress]:
+        """Those that are in use, in ascending order."""
+        found = (self.interface(number).ip for number in self._numbers)
+        return (address for address in found if not self._is_reserved(address))
 
     def of(self, owner: str) -> IPInterface | None:
         """The address that the owner has, or that is held for it."""
         number = self._numbers.of(owner)
-        return None if number is None else self._interface(number)
+        return None if number is None else self.interface(number)
 
     def owner(self, address: IPAddress) -> str | None:
         """Who has it, or whom it is held for."""
@@ -69,7 +75,7 @@ class AddressPool:
         part = within or self.network
         first, last = int(part.network_address), int(part.broadcast_address)
         try:
-            return self._interface(self._numbers.allocate(owner, strategy=strategy, seed=seed, first=first, last=last))
+            return self.interface(self._numbers.allocate(owner, strategy=strategy, seed=seed, first=first, last=last))
         except Unavailable:
             raise Unavailable("no available addresses on this pool") from None
 
@@ -84,7 +90,7 @@ class AddressPool:
             self._numbers.take(int(address), owner)
         except Conflict:
             raise Conflict("Address already in use") from None
-        return self._interface(int(address))
+        return self.interface(int(address))
 
     def release(self, address: IPAddress) -> bool:
         """Take it back. Whether it was in use; what is held stays so."""
@@ -93,12 +99,14 @@ class AddressPool:
         return self._numbers.release(int(address))
 
     def hold(self, address: IPAddress, until: float, owner: str | None = None) -> None:
-        """Hold it until that time, and for this owner."""
+        """Hold it until that time, and for this owner. Raises `Conflict` if it is one that is never given out."""
+        if self._is_reserved(address):
+            raise Conflict("Address already in use")
         self._numbers.hold(int(address), until, owner)
 
     def expire(self) -> list[IPAddress]:
         """Free what was held until now."""
-        return [self._interface(number).ip for number in self._numbers.expire()]
+        return [self.interface(number).ip for number in self._numbers.expire()]
 
     def _is_reserved(self, address: IPAddress) -> bool:
         network = self.network
@@ -106,9 +114,10 @@ class AddressPool:
             address == network.network_address or (network.version == 4 and address == network.broadcast_address)
         )
 
-    def _interface(self, number: int) -> IPInterface:
+    def interface(self, address: IPAddress | int) -> IPInterface:
+        """The address with the network's prefix length."""
         kind = IPv4Interface if self.network.version == 4 else IPv6Interface
-        return kind((number, self.network.prefixlen))
+        return kind((int(address), self.network.prefixlen))
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,15 @@ LOCAL_DEFAULTS = tuple(
 
 GLOBAL_DEFAULTS = (DefaultPool.parse("10.0.0.0/8 size 24"),)
 """Docker's, for networks of a swarm."""
+
+
+def unique_local(seed: str) -> DefaultPool:
+    """A unique local IPv6 network (RFC 4193), cut into /64s; its global ID follows from the seed, such as a machine's.
+
+    Engines from 27 on have one, too.
+    """
+    global_id = hashlib.sha256(seed.encode()).digest()[:5]
+    return DefaultPool(IPv6Network((b"\xfd" + global_id + bytes(10), 48)), 64)
 
 
 @dataclass
@@ -233,7 +251,7 @@ class AddressSpace:
 
     def _overlaps(self, network: IPNetwork) -> bool:
         taken, (first, last) = self._taken[network.version], _ends(network)
-        behind = bisect_right(taken, (last, last))
+        behind = bisect_left(taken, (last + 1,))
         return behind > 0 and taken[behind - 1][1] >= first
 
 

@@ -1,5 +1,6 @@
 """The engine's API, spoken to a small server; the engine's own answers are in tests/engine."""
 
+import json
 import os
 import socketserver
 import subprocess
@@ -7,13 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from netplugin_sdk import Unavailable
-from netplugin_sdk.docker import Docker, DockerError, is_stopped
+from netplugin_sdk.docker import Docker, DockerError, UsedPool, is_stopped
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -121,3 +123,39 @@ def test_an_engine_that_systemd_would_start_is_told_from_one_that_runs(
     assert is_stopped(socket)
     monkeypatch.setattr("netplugin_sdk.docker._SYSTEMD", tmp_path / "no")
     assert not is_stopped(socket)  # nobody would start it
+
+
+POOLS: dict[str, Any] = {
+    "GET /networks": [
+        {"Id": "a", "Scope": "local", "IPAM": {"Driver": "pools"}},
+        {"Id": "b", "Scope": "local", "IPAM": {"Driver": "default"}},
+        {"Id": "c", "Scope": "swarm", "IPAM": {"Driver": "pools"}},
+        {"Id": "gone", "Scope": "local", "IPAM": {"Driver": "pools"}},
+        {"Id": "d", "Scope": "local", "IPAM": {"Driver": "pools"}},
+        {"Id": "e", "Scope": "local", "IPAM": {"Driver": "null"}},
+    ],
+    "GET /networks/a": {
+        "IPAM": {
+            "Config": [
+                {"Subnet": "10.1.0.5/24", "IPRange": "10.1.0.128/25", "Gateway": "10.1.0.1"},
+                {"Subnet": "fd00::/64", "IPRange": ""},
+            ]
+        },
+        "Containers": {
+            "one": {"IPv4Address": "10.1.0.2/24", "IPv6Address": "fd00::2/64"},
+            "ep-2": {"IPv4Address": "10.1.0.3/24", "IPv6Address": ""},
+        },
+    },
+    "GET /networks/d": {"IPAM": {"Config": None}, "Containers": None},
+}
+
+
+def test_pools_are_those_of_other_ipam_drivers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {request: (200, json.dumps(answer).encode()) for request, answer in POOLS.items()}
+    monkeypatch.setattr(Handler, "answers", {**answers, "GET /networks/gone": (404, b'{"message":"no network"}')})
+    addresses = frozenset(map(ip_address, ("10.1.0.2", "10.1.0.3", "fd00::2")))
+    with Docker(path) as docker:
+        assert docker.pools() == [
+            UsedPool(ip_network("10.1.0.0/24"), ip_network("10.1.0.128/25"), addresses),
+            UsedPool(ip_network("fd00::/64"), None, addresses),
+        ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from ipaddress import ip_network
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from netplugin_sdk import Plugin
 from netplugin_sdk.addresses import IPNetwork
+from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.ipam import DefaultPool, PoolIpamDriver
 
 MAC, OTHER_MAC = "02:42:ac:11:00:02", "02:42:ac:11:00:03"
@@ -32,8 +33,21 @@ class Engine:
 
     def _start(self) -> None:
         defaults = [DefaultPool.parse("172.16.0.0/14 size 16"), DefaultPool.parse("fd00::/62 size 64")]
-        driver = PoolIpamDriver(local=defaults, occupied=lambda: self.occupied, clock=lambda: self.now)
-        self.plugin = Plugin(driver, state=self.folder)
+        self.driver = PoolIpamDriver(local=defaults, occupied=lambda: self.occupied, clock=lambda: self.now)
+        self.plugin = Plugin(self.driver, state=self.folder)
+
+    def engine_has(self, *pools: tuple[str, Sequence[str]], engine: str = "engine") -> bool:
+        """Tell the driver: pools by their ids, and addresses of endpoints."""
+
+        def used(pool: str, addresses: Sequence[str]) -> UsedPool:
+            network, length, *part = pool.split("/")[1:]
+            return UsedPool(
+                ip_network(f"{network}/{length}"),
+                ip_network("/".join(part)) if part else None,
+                frozenset(ip_interface(address).ip for address in addresses),
+            )
+
+        return self.driver.engine_has(engine, [used(*pool) for pool in pools])
 
     def restart_plugin(self) -> None:
         self.plugin.close()
@@ -141,11 +155,10 @@ def test_parts_of_a_network(engine: Engine) -> None:
 
 
 def test_what_overlaps(engine: Engine) -> None:
-    overlaps = "Pool overlaps with other one on this address space"
     pool = engine.pool("10.0.0.0/16")
     engine.gateway(pool)
-    for other in ("10.0.0.0/16", "10.0.3.0/24", "10.0.0.0/8"):
-        assert engine.refused("RequestPool", AddressSpace="LocalDefault", Pool=other) == overlaps
+    for other in ("10.0.0.0/16", "10.0.0.0/15", "10.0.3.0/24", "10.0.0.0/8"):
+        assert engine.refused("RequestPool", AddressSpace="LocalDefault", Pool=other) == OVERLAPS
 
 
 # Asked again
@@ -163,14 +176,36 @@ def test_who_asks_again_gets_the_same_address(engine: Engine) -> None:
     assert rows(engine, "addresses") == 3
 
 
-def test_a_pool_that_nobody_uses_is_given_again(engine: Engine) -> None:
-    """Its answer was lost: the engine always asks for more before it is content."""
-    first = engine.pool("10.1.0.0/24")
-    assert engine.pool("10.1.0.0/24") == first
+OVERLAPS = "Pool overlaps with other one on this address space"
+
+
+def test_a_pool_whose_answer_was_lost_with_the_plugin_is_given_again(engine: Engine) -> None:
+    def asked_again() -> bool:
+        status, answer = engine.ask("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24", Options=serial)
+        assert status == 200 or answer["Error"] == OVERLAPS
+        return status == 200
+
+    serial = {"strategy": "serial"}
+    pool = engine.pool("10.1.0.0/24")
+    assert not asked_again()
     engine.restart_plugin()
-    assert engine.pool("10.1.0.0/24") == first
+    assert asked_again()
+    assert not asked_again()
     assert rows(engine, "pools") == 1
-    assert engine.pool() != engine.pool()
+    engine.release(pool, engine.address(pool, MAC))
+    assert engine.address(pool, OTHER_MAC) == "10.1.0.2/24"  # the options are those of the second
+    engine.restart_plugin()
+    assert not asked_again()  # there is an address
+    engine.release(pool, "10.1.0.2")
+    engine.engine_has((pool, []))
+    engine.restart_plugin()
+    assert not asked_again()  # a network has it
+
+
+def test_a_pool_of_its_own_choice_is_never_given_twice(engine: Engine) -> None:
+    first = engine.pool()
+    engine.restart_plugin()
+    assert engine.pool() != first
 
 
 def test_what_is_given_back_twice_is_given_back(engine: Engine) -> None:
@@ -203,7 +238,134 @@ def test_a_plugin_without_a_disk_is_asked_again_by_the_engine() -> None:
     engine.plugin.close()
 
 
+def test_a_plugin_without_a_disk_is_asked_again_for_each_address() -> None:
+    """As engines do: without the MAC address, without telling what an address is for."""
+    engine = Engine(None)
+    pool = engine.pool("10.1.0.0/24")
+    assert engine.gateway(pool, "10.1.0.254") == "10.1.0.254/24"
+    assert engine.address(pool, address="10.1.0.5") == "10.1.0.5/24"  # --aux-address
+    assert engine.address(pool, MAC) == "10.1.0.1/24"
+    engine("GetCapabilities")
+    assert engine.pool("10.1.0.0/24") == pool
+    assert engine.gateway(pool, "10.1.0.254") == "10.1.0.254/24"
+    for address in ("10.1.0.5", "10.1.0.1"):
+        assert engine.address(pool, address=address) == f"{address}/24"
+        assert engine.refused("RequestAddress", PoolID=pool, Address=address) == "Address already in use"
+    assert engine.address(pool, MAC) == "10.1.0.1/24"
+    engine.release(pool, "10.1.0.1")
+    assert engine.address(pool, OTHER_MAC) == "10.1.0.1/24"
+    engine.plugin.close()
+
+
+# What an engine has
+
+
+@pytest.fixture
+def with_addresses(engine: Engine) -> tuple[str, str]:
+    """Two pools: one with a gateway, an auxiliary address and two endpoints, and an empty one."""
+    pool = engine.pool("10.1.0.0/24")
+    engine.gateway(pool)
+    engine.address(pool, address="10.1.0.9")
+    engine.address(pool, MAC)
+    engine.address(pool, OTHER_MAC)
+    return pool, engine.pool()
+
+
+MINUTE = 61.0
+ENDPOINTS = ["10.1.0.2/24", "10.1.0.3/24"]
+
+
+def test_what_an_engine_has_stays(engine: Engine, with_addresses: tuple[str, str]) -> None:
+    pool, chosen = with_addresses
+    for _ in range(3):
+        assert not engine.engine_has((pool, ENDPOINTS), (chosen, []))
+        engine.now += MINUTE
+    assert rows(engine, "pools") == 2
+    assert rows(engine, "addresses") == 4
+
+
+def test_the_address_of_an_endpoint_that_an_engine_does_not_have_is_taken_back(
+    engine: Engine, with_addresses: tuple[str, str]
+) -> None:
+    pool, chosen = with_addresses
+    assert engine.engine_has((pool, ENDPOINTS[:1]), (chosen, []))  # it may come
+    engine.now += MINUTE
+    assert not engine.engine_has((pool, ENDPOINTS[:1]), (chosen, []))
+    assert rows(engine, "addresses") == 3  # the gateway and what is for others are never listed
+    assert engine.address(pool, "02:42:00:00:00:09") == ENDPOINTS[1]
+
+
+def test_an_address_that_is_asked_for_again_is_not_taken_back(engine: Engine, with_addresses: tuple[str, str]) -> None:
+    pool, _ = with_addresses
+    assert engine.engine_has((pool, ENDPOINTS[:1]))
+    engine.now += MINUTE
+    assert engine.address(pool, OTHER_MAC) == ENDPOINTS[1]
+    assert engine.engine_has((pool, ENDPOINTS[:1]))
+    assert rows(engine, "addresses") == 4
+
+
+def test_the_pool_of_a_network_that_is_gone_is_taken_back(engine: Engine, with_addresses: tuple[str, str]) -> None:
+    """At once, since the engine had it before."""
+    pool, chosen = with_addresses
+    engine.engine_has((pool, ENDPOINTS), (chosen, []))
+    engine.restart_plugin()
+    assert not engine.engine_has()
+    assert rows(engine, "pools") == rows(engine, "networks") == rows(engine, "addresses") == 0
+    assert engine.pool("10.1.0.0/16") != pool
+
+
+def test_a_pool_that_no_network_got_is_taken_back_after_a_while(
+    engine: Engine, with_addresses: tuple[str, str]
+) -> None:
+    pool, _ = with_addresses
+    assert engine.engine_has((pool, ENDPOINTS))
+    engine.now += MINUTE
+    assert not engine.engine_has((pool, ENDPOINTS))
+    assert rows(engine, "pools") == 1
+
+
+def test_an_engine_that_has_nothing_of_ours_may_be_another(engine: Engine, with_addresses: tuple[str, str]) -> None:
+    pool, chosen = with_addresses
+    for _ in range(3):
+        assert not engine.engine_has()
+        assert not engine.engine_has(("LocalDefault/10.200.0.0/16", []))
+        engine.now += MINUTE
+    assert rows(engine, "pools") == 2
+    engine.engine_has((pool, ENDPOINTS), (chosen, []))
+    for _ in range(3):
+        assert not engine.engine_has(engine="another")
+        engine.now += MINUTE
+    assert rows(engine, "pools") == 2
+
+
+def test_a_part_of_a_network_is_taken_back_alone(engine: Engine) -> None:
+    one, two = (engine.pool("10.0.0.0/16", f"10.0.{n}.0/24") for n in (1, 2))
+    addresses = engine.address(one, MAC), engine.address(two, OTHER_MAC)
+    assert not engine.engine_has((one, addresses[:1]), (two, addresses[1:]))
+    assert engine.engine_has((two, addresses[1:]))
+    assert engine.refused("RequestAddress", PoolID=one) == f"cannot find address pool for poolID:{one}"
+    engine.now += MINUTE
+    assert not engine.engine_has((two, addresses[1:]))  # its address goes a minute later
+    assert rows(engine, "pools") == rows(engine, "addresses") == 1
+
+
+def test_what_is_given_out_in_a_swarm_is_not_asked_for(engine: Engine, with_addresses: tuple[str, str]) -> None:
+    pool, chosen = with_addresses
+    engine.pool(space="GlobalDefault")
+    for _ in range(3):
+        assert not engine.engine_has((pool, ENDPOINTS), (chosen, []))
+        engine.now += MINUTE
+    assert rows(engine, "pools") == 3
+
+
 # Options
+
+
+def test_the_gateway_is_the_first_whatever_the_strategy(engine: Engine) -> None:
+    for strategy in ("serial", "hashed"):
+        pool = engine.pool("10.1.0.0/24", strategy=strategy)
+        assert engine.gateway(pool) == "10.1.0.1/24"
+        engine("ReleasePool", PoolID=pool)
 
 
 def test_serial(engine: Engine) -> None:
@@ -296,7 +458,44 @@ def test_options_that_are_none(engine: Engine, options: dict[str, str], said: st
     engine.pool("10.1.0.0/24")
 
 
+def test_quarantine_is_not_for_what_is_not_given_to_others(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/29", quarantine="60")
+    assert engine.gateway(pool) == "10.1.0.1/29"
+    for address in ("10.1.0.1", "10.1.0.0", "10.1.0.7"):
+        engine.release(pool, address)
+    engine.now += 61
+    assert [engine.address(pool) for _ in range(6)] == [f"10.1.0.{n}/29" for n in range(1, 7)]
+    assert "no available addresses" in engine.refused("RequestAddress", PoolID=pool)
+
+
 # The disk
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_killed_while_it_takes_back_a_pool(engine: Engine, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """The other one stays, and the number of what is gone is nobody's."""
+    from netplugin_sdk.database import Database
+
+    pool, other = engine.pool("10.1.0.0/24"), engine.pool("10.2.0.0/24")
+    engine.address(pool, MAC)
+    engine.address(other, MAC)
+    left, write = writes, Database.write
+
+    def killed(*arguments: Any, **options: Any) -> int | None:
+        nonlocal left
+        left -= 1
+        return write(*arguments, **options) if left >= 0 else None
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Database, "write", killed)
+        engine("ReleasePool", PoolID=pool)
+    engine.restart_plugin()
+    assert engine.address(other, MAC) == "10.2.0.1/24"
+    if not writes:  # nothing was written
+        engine("ReleasePool", PoolID=pool)
+    again = engine.pool("10.1.0.0/24")
+    assert engine.address(again, OTHER_MAC) == "10.1.0.1/24"
+    assert rows(engine, "networks") == rows(engine, "addresses") == 2
 
 
 def test_all_is_on_disk_when_it_is_answered(engine: Engine) -> None:

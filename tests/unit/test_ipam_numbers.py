@@ -185,7 +185,8 @@ class PoolLikeADict(RuleBasedStateMachine):
     def same(self) -> None:
         if hasattr(self, "used"):
             assert {n for n in range(self.first, self.last + 1) if n in self.pool} == set(self.used)
-            assert len(self.pool) == len(self.used) + len(self.held)
+            assert list(self.pool) == sorted(self.used)
+            assert len(self.pool) == len(self.used)
             for owner in "abcdefgh":
                 assert self.pool.of(owner) == self.of(owner)
 

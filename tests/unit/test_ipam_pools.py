@@ -50,17 +50,22 @@ def test_what_is_given_out_of_small_networks(network: str, addresses: list[str])
 
 
 @pytest.mark.parametrize("network", ["192.168.0.0/24", "2001:db8::/64"])
-def test_reserved_addresses_are_in_use_for_ever(network: str) -> None:
+def test_reserved_addresses_are_never_given_out(network: str) -> None:
     pool = AddressPool(net(network))
     reserved = {pool.network.network_address}
     if pool.network.version == 4:
         reserved.add(pool.network.broadcast_address)
     for address in reserved:
-        assert address in pool
         with pytest.raises(Conflict, match="Address already in use"):
             pool.take(address)
+        with pytest.raises(Conflict, match="Address already in use"):
+            pool.hold(address, 0)
         assert not pool.release(address)
-        assert address in pool
+        assert address not in pool
+    assert len(pool) == 0
+    assert not list(pool)
+    given = pool.allocate().ip
+    assert list(pool) == [given]
 
 
 def test_an_address_that_is_asked_for() -> None:

@@ -9,8 +9,9 @@ import socketserver
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope, losses, reconcile
+from netplugin_sdk import Container, Endpoint, IpamDriver, Network, Plugin, Scope, losses, reconcile
 from netplugin_sdk.docker import Docker as Engine
+from netplugin_sdk.docker import UsedPool
+from netplugin_sdk.ipam import PoolIpamDriver
 
 from .lab import (
     ENDPOINT,
@@ -55,6 +58,8 @@ class Listed:
     id: str = "engine 1"
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
     """Each with its endpoints → what it is listed under: a container, or ``ep-…``."""
+    pools: dict[str, str] = field(default_factory=dict)
+    """Subnets of networks with an IPAM plugin."""
     containers: list[dict[str, Any]] = field(default_factory=list)
     broken: bool = False
     asked: list[str] = field(default_factory=list)
@@ -78,7 +83,11 @@ def answers(listed: Listed) -> type[BaseHTTPRequestHandler]:
                 case ["info"]:
                     return 200, {"ID": listed.id}
                 case ["networks"]:
-                    return 200, [{"Id": network} for network in listed.networks]
+                    pools = ({"Id": pool, "Scope": "local", "IPAM": {"Driver": "pools"}} for pool in listed.pools)
+                    default = {"Scope": "local", "IPAM": {"Driver": "default"}}
+                    return 200, [*({"Id": network, **default} for network in listed.networks), *pools]
+                case ["networks", network] if network in listed.pools:
+                    return 200, {"Containers": {}, "IPAM": {"Config": [{"Subnet": listed.pools[network]}]}}
                 case ["networks", network] if network in listed.networks:
                     endpoints = listed.networks[network]
                     return 200, {"Containers": {c: {"EndpointID": e} for e, c in endpoints.items()}}
@@ -448,3 +457,49 @@ def test_what_cannot_be_brought_back_does_not_keep_the_others(serve: Serve, capl
     assert "ValueError: no" in caplog.text
     docker("DeleteNetwork", of())
     docker("DeleteNetwork", of(OTHER_NETWORK))
+
+
+class Told(PoolIpamDriver):
+    """Wants to learn it `more` times more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, list[str]]] = []
+        self.more = 0
+
+    def engine_has(self, engine: str, pools: Sequence[UsedPool]) -> bool:
+        self.told.append((engine, [str(pool.network) for pool in pools]))
+        self.more -= 1
+        return self.more >= 0
+
+
+def test_an_ipam_driver_is_told_what_the_engine_has(engine: Listed, tmp_path: Path) -> None:
+    driver = Told()
+    engine.networks["a"] = {}
+    with Plugin(driver, docker=tmp_path / "docker.sock") as plugin:
+        wait_for(lambda: driver.told == [("engine 1", [])], "the plugin's start")
+        engine.pools["b"] = "10.1.0.0/24"
+        occasions: dict[str, Callable[[], object]] = {
+            "a request": partial(plugin.handle, "/IpamDriver.RequestPool", b'{"AddressSpace": "LocalDefault"}'),
+            "an engine's start": partial(plugin.handle, "/IpamDriver.GetCapabilities", b"{}"),
+            "SIGHUP": plugin.reconcile,
+        }
+        for occasion, happen in occasions.items():
+            driver.told.clear()
+            happen()
+            wait_for(lambda: driver.told == [("engine 1", ["10.1.0.0/24"])], occasion)
+        driver.more = 2
+        driver.told.clear()
+        plugin.reconcile()
+        wait_for(lambda: len(driver.told) == 3, "what it wants to learn again")
+        assert stays(lambda: len(driver.told) == 3)
+
+
+def test_an_ipam_driver_that_does_not_want_to_know_is_not_told(engine: Listed, tmp_path: Path) -> None:
+    class Deaf(Told):
+        engine_has = IpamDriver.engine_has
+
+    with Plugin(Deaf(), docker=tmp_path / "docker.sock") as plugin:
+        plugin.handle("/IpamDriver.GetCapabilities", b"{}")
+        plugin.reconcile()
+        assert stays(lambda: not engine.asked)
