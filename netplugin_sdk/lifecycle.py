@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeAlias
 from netplugin_sdk import calls, messages
 from netplugin_sdk.background import Background, Locks
 from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
-from netplugin_sdk.errors import Conflict, DriverError, NotFound
+from netplugin_sdk.errors import Conflict, DriverError, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, Message, Scope
 from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
 
@@ -25,6 +25,10 @@ _log = logging.getLogger("netplugin_sdk")
 
 Handler: TypeAlias = Callable[[Any, bytes], bytes]
 """Takes the decoded request and its body, gives the body of the answer."""
+
+_ToEndpoint: TypeAlias = (
+    messages.CreateEndpoint | messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
+)
 
 Routes: TypeAlias = dict[str, tuple[type[Message], Handler]]
 """Method name (``Join``) → the type of its request and what handles it."""
@@ -45,6 +49,8 @@ class NetworkLifecycle(Generic[OptionsT]):
         """Told of each new join."""
         self._locks = Locks()
         self._rests = Background("rests")
+        self._unfinished: set[Network[OptionsT] | Endpoint] = set()
+        """Networks with endpoints that could not be deleted after the answer: they stay on disk with them."""
         driver.networks = MappingProxyType(store.networks)
 
     def reap(self) -> None:
@@ -170,7 +176,6 @@ class NetworkLifecycle(Generic[OptionsT]):
             self.store.save(network, intent="DeleteNetwork")
             for endpoint in tuple(network.endpoints.values()):
                 _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
-                self.store.save(endpoint, intent="DeleteEndpoint")
                 self.drop_endpoint(network, endpoint)
             self._finish(network, self.driver.delete_network(network))
             return _DONE
@@ -185,18 +190,25 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _finish(self, record: Network[OptionsT] | Endpoint, rest: Rest | None) -> None:
         """Forget the record, at once or when the rest is done."""
-        if rest is None and self._rests.idle:
+        if rest is None and self._rests.idle and record not in self._unfinished:
             self.store.forget(record)
             return
 
         def finish() -> None:
             if rest is not None:
                 rest()
-            self.store.forget(record)
+            if record not in self._unfinished:
+                self.store.forget(record)
 
-        # Gone for everybody but the file: should the plugin die, what is left to do is found there.
+        network = self.store.networks[record.network_id] if isinstance(record, Endpoint) else None
+
+        def finish_or_note() -> None:
+            if not self.attempt("delete", record, finish) and network is not None:
+                self._unfinished.add(network)
+
+        # Gone for everybody but the file: should the plugin die, or fail, the next start finds there what is left.
         self.store.unlist(record)
-        self._rests.submit(partial(self.attempt, "delete", record, finish))
+        self._rests.submit(finish_or_note)
 
     def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
@@ -217,15 +229,17 @@ class NetworkLifecycle(Generic[OptionsT]):
         with self._locks.hold(request.network_id):
             calls.refuse_if_late()  # it has waited
             network = self._network(request.network_id)
-            endpoint = network.endpoints.get(request.endpoint_id)
-            if endpoint is not None:
-                _refuse_other_content(endpoint, endpoint.row.request, body)
-                if endpoint.row.answer is not None and endpoint.row.intent not in ("CreateEndpoint", "DeleteEndpoint"):
-                    return endpoint.row.answer
-            else:
-                endpoint = self.store.new_endpoint(request, body)
-                if request.options.port_map and not self.driver.overrides("program_external_connectivity"):
-                    _log.warning("%r has ports to publish, and this driver publishes none", endpoint)
+            if network.row.intent is not None:  # its deletion failed, so Docker still has it
+                self.driver.create_network(network)
+                self.store.save(network, intent=None)
+            if (found := self._find_whole_endpoint(request)) is not None:
+                row = found[1].row
+                _refuse_other_content(found[1], row.request, body)
+                if row.answer is not None:
+                    return row.answer
+            endpoint = self.store.new_endpoint(request, body)
+            if request.options.port_map and not self.driver.overrides("program_external_connectivity"):
+                _log.warning("%r has ports to publish, and this driver publishes none", endpoint)
             self.store.save(endpoint, intent="CreateEndpoint")
             try:
                 filled = self.driver.create_endpoint(network, endpoint) or EndpointInterface()
@@ -252,6 +266,8 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def drop_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         """Remove an endpoint, whatever it has, to the end. Its network is held."""
+        if endpoint.row.intent != "CreateEndpoint":
+            self.store.save(endpoint, intent="DeleteEndpoint")
         if (rest := self._end_endpoint(network, endpoint)) is not None:
             rest()
         self.store.forget(endpoint)
@@ -275,11 +291,9 @@ class NetworkLifecycle(Generic[OptionsT]):
         with self._locks.hold(request.network_id):
             calls.refuse_if_late()  # it has waited
             network, endpoint = self._endpoint(request)
-            leaving = endpoint.row.intent in ("Leave", "DeleteEndpoint")
             if endpoint.join is not None:
                 _refuse_other_content(endpoint, endpoint.join.request, body)
-                if not leaving:
-                    return endpoint.join.answer
+                return endpoint.join.answer
             # No intent is written: after a crash every endpoint counts as one that may be joined.
             endpoint.may_be_joined = True
             try:
@@ -287,8 +301,6 @@ class NetworkLifecycle(Generic[OptionsT]):
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=network.internal))
                 calls.settle()
                 self.store.save_join(endpoint, body, answer)
-                if leaving and endpoint.row.external_request is None:  # else it is half revoked, and stays so
-                    self.store.save(endpoint, intent=None)
             except Exception:
                 self._undo(endpoint, "Join", lambda: self._drop_join(network, endpoint))
                 raise
@@ -297,7 +309,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _leave(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            found = self._find_endpoint(request)
+            found = self._find_whole_endpoint(request)
             if found is None or not found[1].may_be_joined:
                 _log.warning("Leave: endpoint %s is in no sandbox, nothing to leave", request.endpoint_id[:12])
                 return _DONE
@@ -344,7 +356,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _revoke_external(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
-            found = self._find_endpoint(request)
+            found = self._find_whole_endpoint(request)
             # The engine also revokes what it never programmed, as on internal networks.
             if found is None or found[1].row.external_request is None:
                 return _DONE
@@ -379,17 +391,25 @@ class NetworkLifecycle(Generic[OptionsT]):
             raise NotFound(f"network {network_id[:12]} is unknown to this plugin")
         return network
 
-    def _find_endpoint(
-        self, request: messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
-    ) -> tuple[Network[OptionsT], Endpoint] | None:
+    def _find_endpoint(self, request: _ToEndpoint) -> tuple[Network[OptionsT], Endpoint] | None:
         network = self.store.networks.get(request.network_id)
         endpoint = None if network is None else network.endpoints.get(request.endpoint_id)
         return None if network is None or endpoint is None else (network, endpoint)
 
-    def _endpoint(
-        self, request: messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
-    ) -> tuple[Network[OptionsT], Endpoint]:
+    def _find_whole_endpoint(self, request: _ToEndpoint) -> tuple[Network[OptionsT], Endpoint] | None:
+        """What is half done with it is finished or undone first, since its row can tell of one intent only.
+
+        But not what is published: that is programmed again, or revoked, as often as it is asked for.
+        """
         found = self._find_endpoint(request)
+        if found is None or found[1].row.intent in (None, "ProgramExternalConnectivity", "RevokeExternalConnectivity"):
+            return found
+        _log.warning("%r: %s was not finished: finishing or undoing it", found[1], found[1].row.intent)
+        self.settle(*found)
+        return self._find_endpoint(request)
+
+    def _endpoint(self, request: _ToEndpoint) -> tuple[Network[OptionsT], Endpoint]:
+        found = self._find_whole_endpoint(request)
         if found is None:
             self._network(request.network_id)
             raise NotFound(f"endpoint {request.endpoint_id[:12]} is unknown to this plugin")
@@ -452,7 +472,10 @@ class IpamLifecycle:
     def _request_pool(self, request: messages.PoolRequest, _body: bytes) -> bytes:
         self.requested()
         with self._locks.hold(""):  # the pool has no id yet
-            return messages.encode(self.driver.request_pool(request))
+            calls.refuse_if_late()  # it has waited
+            pool = self.driver.request_pool(request)
+            self._settle(lambda: self.driver.release_pool(pool.pool_id))
+            return messages.encode(pool)
 
     def _release_pool(self, request: messages.PoolRef, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id), self._locks.hold(""):
@@ -461,9 +484,24 @@ class IpamLifecycle:
 
     def _request_address(self, request: messages.AddressRequest, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id):
-            return messages.encode({"Address": self.driver.request_address(request), "Data": {}})
+            calls.refuse_if_late()  # it has waited
+            address = self.driver.request_address(request)
+            self._settle(lambda: self.driver.release_address(messages.AddressRef(request.pool_id, address.ip)))
+            return messages.encode({"Address": address, "Data": {}})
 
     def _release_address(self, request: messages.AddressRef, _body: bytes) -> bytes:
         with self._locks.hold(request.pool_id):
             self.driver.release_address(request)
             return _DONE
+
+    @staticmethod
+    def _settle(undo: Callable[[], None]) -> None:
+        """Take back what is given too late. Raises `Unavailable` then."""
+        try:
+            calls.settle()
+        except Unavailable:
+            try:
+                undo()
+            except Exception:
+                _log.exception("what was given too late cannot be taken back")
+            raise

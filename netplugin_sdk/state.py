@@ -66,10 +66,6 @@ CREATE TABLE joins (
 );
 """
 _MIGRATIONS = (_SCHEMA,)
-_FORGET_ENDPOINTS = (
-    "DELETE FROM joins WHERE key IN (SELECT key FROM endpoints WHERE network_id = ?)",
-    "DELETE FROM endpoints WHERE network_id = ?",
-)
 
 
 class NetworkRow(msgspec.Struct, frozen=True):
@@ -408,9 +404,6 @@ class Store(Generic[OptionsT]):
     def forget(self, record: Network[OptionsT] | Endpoint) -> None:
         """Delete the record from the file and from the list. Raises `Unavailable` if it cannot be."""
         with self._lock:
-            if isinstance(record, Network):  # with endpoints whose deletion failed after its answer
-                for statement in _FORGET_ENDPOINTS:
-                    self._database.write(statement, (record.id,))
             statement = f"DELETE FROM {record.row.table} WHERE key = ?"
             self._database.write(statement, (record.row.key,), synced=record.row.synced)
             self._unlist(record)

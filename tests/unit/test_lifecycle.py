@@ -344,10 +344,10 @@ def test_an_undo_that_fails_is_logged_and_the_first_error_is_answered(
         assert record.getMessage().startswith(step.request[0]), "it says what failed"
         assert record.exc_info is not None
         assert "and the undo" in str(record.exc_info[1])
-        # The same request again runs the method again, as what is there is not known.
+        # The same request again runs the method again, as what is there is not known; an endpoint is deleted before.
         driver.fails = {}
         docker(*step.request)
-        assert driver.since() == [step.method]
+        assert driver.since() == [*([step.undo] if step.method == "create_endpoint" else []), step.method]
     assert intents(tmp_path) == []
 
 
@@ -430,28 +430,77 @@ def test_a_removal_that_fails_is_an_error_and_goes_on_where_it_was(
     assert driver.since() == [fails]
 
 
-def test_an_endpoint_that_could_not_leave_can_join_again(tmp_path: Path, driver: Publisher) -> None:
+def test_an_endpoint_that_could_not_leave_has_left_before_it_joins_again(tmp_path: Path, driver: Publisher) -> None:
     with Plugin(driver, state=tmp_path) as plugin:
         docker = Docker(plugin)
         docker("CreateNetwork", create_network())
         docker.run()
         driver.fails["leave"] = DriverError("busy")
         docker.refused("Leave", of(NETWORK, ENDPOINT))
+        assert docker.refused("Join", joining()) == (500, "busy")
+        driver.fails = {}
         driver.since()
         docker("Join", joining())
-        assert driver.since() == ["join"]
+        assert driver.since() == ["leave", "join"]
         docker("Join", joining())
         assert driver.since() == []
     assert intents(tmp_path) == [], "it is joined, and not leaving any more"
 
 
-@pytest.mark.parametrize("method", ["CreateEndpoint", "Join"])
-def test_an_endpoint_that_could_not_be_deleted_is_half_done(method: str, running: Docker, driver: Publisher) -> None:
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (("CreateEndpoint", create_endpoint()), 200),
+        (("Join", joining()), 422),
+        (("ProgramExternalConnectivity", publishing()), 422),
+        (("EndpointOperInfo", of(NETWORK, ENDPOINT)), 422),
+        (("Leave", of(NETWORK, ENDPOINT)), 200),
+        (("RevokeExternalConnectivity", of(NETWORK, ENDPOINT)), 200),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_endpoint_that_could_not_be_deleted_is_deleted_first(
+    request_: tuple[str, dict[str, Any]], status: int, running: Docker, driver: Publisher
+) -> None:
     driver.fails["leave"] = DriverError("busy")
     running.refused("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    assert running.refused(*request_) == (500, "busy")
+    driver.fails = {}
     driver.since()
-    running(method, create_endpoint() if method == "CreateEndpoint" else joining())
-    assert driver.since() == ["create_endpoint" if method == "CreateEndpoint" else "join"]
+    assert running.ask(*request_)[0] == status
+    new = ["create_endpoint"] if request_[0] == "CreateEndpoint" else []
+    assert driver.since() == ["leave", "delete_endpoint", *new]
+
+
+def test_an_endpoint_that_could_not_be_undone_is_never_whole(tmp_path: Path, driver: Publisher) -> None:
+    """Whatever is asked for afterwards."""
+    with Plugin(driver, state=tmp_path) as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        driver.fails = {"create_endpoint": DriverError("no"), "delete_endpoint": DriverError("busy")}
+        docker.refused("CreateEndpoint", create_endpoint())
+        docker.refused("ProgramExternalConnectivity", publishing())
+        assert driver.networks[NETWORK].endpoints[ENDPOINT].row.intent == "CreateEndpoint"
+        driver.fails = {}
+        assert docker.refused("ProgramExternalConnectivity", publishing())[0] == 422
+    assert intents(tmp_path) == []
+
+
+def test_a_network_that_could_not_be_deleted_is_made_again_when_it_is_used(tmp_path: Path, driver: Publisher) -> None:
+    """Docker still has it, and so has the next start."""
+    with Plugin(driver, state=tmp_path) as plugin:
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        driver.fails["delete_network"] = DriverError("busy")
+        docker.refused("DeleteNetwork", of(NETWORK))
+        driver.fails = {"create_network": DriverError("no")}
+        assert docker.refused("CreateEndpoint", create_endpoint()) == (500, "no")
+        driver.fails = {}
+        driver.since()
+        docker("CreateEndpoint", create_endpoint())
+        assert driver.since() == ["create_network", "create_endpoint"]
+    with Plugin(driver, state=tmp_path) as plugin:
+        assert list(driver.networks) == [NETWORK]
 
 
 # A crash
@@ -614,15 +663,19 @@ def test_a_network_with_endpoints_is_deleted_with_them(
     ]
 
 
-def test_no_endpoint_outlives_its_network(tmp_path: Path, driver: Publisher) -> None:
+def test_no_endpoint_outlives_its_network(tmp_path: Path) -> None:
+    """Also one that could not be deleted, after the answer."""
+    driver = Slow()
+    driver.go.set()
     with Plugin(driver, state=tmp_path) as plugin:
         docker = Docker(plugin)
         docker("CreateNetwork", create_network())
-        driver.fails["delete_network"] = DriverError("busy")
-        docker.refused("DeleteNetwork", of(NETWORK))
         docker("CreateEndpoint", create_endpoint())
-        driver.fails = {"create_network": DriverError("no")}
-        docker.refused("CreateNetwork", create_network())
+        driver.broken = True
+        docker("DeleteEndpoint", of(NETWORK, ENDPOINT))
+        plugin._rests()
+        driver.broken = False
+        docker("DeleteNetwork", of(NETWORK))
     with Plugin(Publisher(), state=tmp_path) as plugin:
         Docker(plugin)("CreateNetwork", create_network())
 

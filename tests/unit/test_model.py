@@ -66,6 +66,8 @@ WEIGHTS = {
 }
 NEED_AN_ENDPOINT = ("Join", "ProgramExternalConnectivity")
 EXTERNAL = {"ProgramExternalConnectivity", "RevokeExternalConnectivity"}
+EXISTENCE = {"CreateEndpoint", "DeleteEndpoint"}
+ENDPOINTS_REMOVERS = ("revoke", "leave", "delete_endpoint", "rest")
 
 Fact: TypeAlias = tuple[str, ...]
 """Something that a driver has made: what, of which network, of which endpoint."""
@@ -165,10 +167,7 @@ class ModelEndpoint:
     join_answer: Any = None
     port: int | None = None
     half: set[str] = field(default_factory=set)
-    """Operations that were begun and neither finished nor undone.
-
-    Only the last that ran is marked on disk: with "overwritten" that is another, which is finished.
-    """
+    """Operations that were begun and neither finished nor undone. All but a join are marked on disk."""
 
 
 @dataclass
@@ -176,11 +175,6 @@ class ModelNetwork:
     variant: int
     endpoints: dict[str, ModelEndpoint] = field(default_factory=dict)
     half: bool = False
-
-    def doubt_endpoints(self) -> None:
-        """They are to be deleted: some may be gone, and one half deleted."""
-        for endpoint in self.endpoints.values():
-            endpoint.half |= {"DeleteEndpoint", "overwritten"}
 
 
 @dataclass(frozen=True)
@@ -238,6 +232,29 @@ class Model:
         network = self.networks.get(asked.network)
         return network, None if network is None else network.endpoints.get(asked.endpoint)
 
+    def is_made_again_first(self, asked: Asked) -> bool:
+        """Whether its network is, since it could not be deleted."""
+        network, _ = self.find(asked)
+        return asked.operation == "CreateEndpoint" and network is not None and network.half
+
+    def is_settled_first(self, asked: Asked) -> bool:
+        """Whether what is half done with its endpoint is finished or undone before."""
+        _, endpoint = self.find(asked)
+        asks_for_it = asked.operation not in ("CreateNetwork", "DeleteNetwork", "DeleteEndpoint")
+        return asks_for_it and endpoint is not None and bool(endpoint.half & (EXISTENCE | {"Leave"}))
+
+    def settled(self, network: ModelNetwork, endpoint_id: str) -> None:
+        """What is half done with an endpoint is finished or undone."""
+        endpoint = network.endpoints[endpoint_id]
+        if endpoint.half & EXISTENCE:
+            del network.endpoints[endpoint_id]
+        elif "Leave" in endpoint.half:
+            endpoint.joined = endpoint.port = None
+            endpoint.half &= {"Join"}  # it may have been killed in one, afterwards
+        elif endpoint.half & EXTERNAL:
+            endpoint.port = None
+            endpoint.half -= EXTERNAL
+
     def refusal(self, asked: Asked) -> int | None:
         """The status of the refusal, if it is refused."""
         network, endpoint = self.find(asked)
@@ -256,19 +273,18 @@ class Model:
     def remembered(self, asked: Asked) -> Any:
         """The answer, if the driver is not asked for it."""
         network, endpoint = self.find(asked)
-        there = endpoint or ModelEndpoint(-1)
-        whole, answer = endpoint is not None and not endpoint.half, {}
+        there, answer = endpoint or ModelEndpoint(-1), {}
         match asked.operation:
             case "CreateNetwork":
                 known = network is not None and not network.half
             case "DeleteNetwork":
                 known = network is None
             case "CreateEndpoint":
-                known, answer = whole, there.answer
+                known, answer = endpoint is not None, there.answer
             case "Join":
-                known, answer = whole and there.joined is not None, there.join_answer
+                known, answer = there.joined is not None, there.join_answer
             case "ProgramExternalConnectivity":
-                known = whole and there.port == asked.port
+                known = there.port == asked.port and not there.half & EXTERNAL
             case "RevokeExternalConnectivity":
                 known = there.port is None
             case _:
@@ -283,7 +299,8 @@ class Model:
         assert network is not None
         if asked.operation == "DeleteNetwork":
             del self.networks[asked.network]
-            self.ghosts |= {(asked.network,)} if driver.raised_later else set()
+            haunted = any(ghost[0] == asked.network for ghost in self.ghosts)
+            self.ghosts |= {(asked.network,)} if driver.raised_later or haunted else set()
         elif asked.operation == "CreateEndpoint":
             endpoint = network.endpoints.setdefault(asked.endpoint, ModelEndpoint(asked.variant))
             endpoint.answer = content
@@ -321,7 +338,6 @@ class Model:
         elif asked.operation.endswith("Network"):
             network = self.networks.setdefault(asked.network, ModelNetwork(asked.variant))
             network.half = True
-            network.doubt_endpoints()
         elif network is not None and asked.operation == "CreateEndpoint" and undone:
             network.endpoints.pop(asked.endpoint, None)
         elif network is not None:
@@ -336,16 +352,6 @@ class Model:
                 endpoint.half.add(asked.operation)
                 if asked.operation == "ProgramExternalConnectivity":
                     endpoint.port = asked.port
-                if asked.operation == "CreateEndpoint" and driver.raised.keys() & {"leave", "revoke"}:
-                    endpoint.half.add("DeleteEndpoint")  # by the undoing
-
-    def mark(self, asked: Asked) -> None:
-        """This operation is what is marked on disk, or what took the mark away, whatever is half done besides."""
-        _, endpoint = self.find(asked)
-        if endpoint is not None and asked.operation not in endpoint.half:
-            endpoint.half.add("overwritten")
-            if endpoint.half == {"overwritten"}:
-                endpoint.half.clear()
 
     def killed(self, asked: Asked) -> None:
         """Inside of the driver."""
@@ -353,24 +359,18 @@ class Model:
         if asked.operation in ("CreateNetwork", "DeleteNetwork"):
             self.networks.pop(asked.network, None)  # the next start removes it
         elif network is not None:
+            there = network.endpoints.get(asked.endpoint)
             endpoint = network.endpoints.setdefault(asked.endpoint, ModelEndpoint(asked.variant))
-            endpoint.half.add(asked.operation)
+            if asked.operation != "CreateEndpoint" or there is None or there.half & EXISTENCE:
+                endpoint.half.add(asked.operation)
 
     def started(self) -> None:
         """What was half done is finished or undone."""
         self.ghosts.clear()
         self.networks = {id_: network for id_, network in self.networks.items() if not network.half}
         for network in self.networks.values():
-            for endpoint_id, endpoint in list(network.endpoints.items()):
-                match sorted(endpoint.half - {"Join"}):  # which may be left at any time
-                    case ["CreateEndpoint"] | ["DeleteEndpoint"]:
-                        del network.endpoints[endpoint_id]
-                    case ["Leave"]:
-                        endpoint.joined = endpoint.port = None
-                        endpoint.half.clear()
-                    case ["ProgramExternalConnectivity"] | ["RevokeExternalConnectivity"]:
-                        endpoint.port = None
-                        endpoint.half -= EXTERNAL
+            for endpoint_id in list(network.endpoints):
+                self.settled(network, endpoint_id)
 
 
 # -------------------------------------------------------------------------------------------------------- the machine
@@ -429,7 +429,9 @@ class Sequences(RuleBasedStateMachine):
         return [
             asked
             for asked in ANYTHING
-            if model.refusal(asked) is None and model.remembered(asked) is None
+            if model.is_made_again_first(asked)
+            or model.is_settled_first(asked)
+            or (model.refusal(asked) is None and model.remembered(asked) is None)
             for _ in range(WEIGHTS[asked.operation])
         ]
 
@@ -464,6 +466,8 @@ class Sequences(RuleBasedStateMachine):
             self.world.clear()
             self.world |= kept[0]
             self.open(self.folder / f"{self.states}", {})
+            if self.model.is_made_again_first(asked):  # before, or not yet
+                self.model.networks[asked.network].half = asked.network not in self.driver.networks
             self.model.killed(asked)
             self.started()
         else:
@@ -471,6 +475,9 @@ class Sequences(RuleBasedStateMachine):
 
     def answered(self, asked: Asked, status: int, content: Any) -> None:
         model, driver = self.model, self.driver
+        if not self.went_first(asked, status, content):
+            self.take_over()
+            return
         if (refusal := model.refusal(asked)) is not None:
             assert (status, driver.ran) == (refusal, []), content
         elif (answer := model.remembered(asked)) is not None:
@@ -482,9 +489,30 @@ class Sequences(RuleBasedStateMachine):
             else:
                 assert str(next(iter(driver.raised.values()))) in content["Err"]
                 model.failed(asked, driver)
+                if asked.operation.endswith("Network"):
+                    self.take_over_marks()
                 self.take_over()
-            if driver.ran:
-                model.mark(asked)
+
+    def went_first(self, asked: Asked, status: int, content: Any) -> bool:
+        """Whether what comes before the request itself could be done; then what ran is what came after."""
+        model, driver = self.model, self.driver
+        if model.is_made_again_first(asked):
+            assert driver.ran.pop(0) == "create_network"
+            if error := driver.raised.get("create_network"):
+                assert status != 200
+                assert str(error) in content["Err"]
+                assert not driver.ran
+                return False
+            model.networks[asked.network].half = False
+        if model.is_settled_first(asked):
+            first = list(itertools.takewhile(ENDPOINTS_REMOVERS.__contains__, driver.ran))
+            if driver.raised.keys() & set(first):
+                assert status != 200
+                assert driver.ran == first
+                return False
+            driver.ran = driver.ran[len(first) :]
+            model.settled(model.networks[asked.network], asked.endpoint)
+        return True
 
     @rule(failing=st.just({}) | FAILING)
     def reopen(self, *, failing: Failing) -> None:
@@ -493,9 +521,7 @@ class Sequences(RuleBasedStateMachine):
         self.driver.failing = {}
         if self.driver.raised:
             self.take_over_ghosts()
-            for network in self.model.networks.values():
-                if network.half:
-                    network.doubt_endpoints()
+            self.take_over_marks()
             self.take_over()
         else:
             self.started()
@@ -527,6 +553,15 @@ class Sequences(RuleBasedStateMachine):
                 assert joined in (None, endpoint.joined)
                 assert port in (None, endpoint.port)
                 endpoint.joined, endpoint.port = joined, port
+
+    def take_over_marks(self) -> None:
+        """Where not everything could be done, some of the endpoints are done with, and one is half done."""
+        for id_, network in self.model.networks.items():
+            found = self.driver.networks[id_].endpoints if id_ in self.driver.networks else {}
+            for endpoint_id, endpoint in network.endpoints.items():
+                if endpoint.half or network.half:
+                    intent = found[endpoint_id].row.intent if endpoint_id in found else "DeleteEndpoint"
+                    endpoint.half = (endpoint.half & {"Join"}) | ({intent} if intent else set())
 
     def take_over_ghosts(self) -> None:
         """They are there again, if a start could not delete them."""
