@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import Plugin
+from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.calls import Call
+from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.messages import AddressRequest, Pool, PoolRequest
 from netplugin_sdk.server import Limits
 
 from .lab import (
@@ -147,6 +150,42 @@ def test_what_comes_too_late_is_undone(method: str, request_: dict[str, Any], ca
     with Plugin(driver, state=tmp_path) as plugin:
         assert Docker(plugin)("DeleteNetwork", of(NETWORK)) == {}
         assert not driver.networks
+
+
+class SlowPools(PoolIpamDriver):
+    """Somebody gives up a call while it is answered."""
+
+    call: Call | None = None
+
+    def request_pool(self, request: PoolRequest) -> Pool:
+        given = super().request_pool(request)
+        assert self.call is None or self.call.give_up()
+        return given
+
+    def request_address(self, request: AddressRequest) -> IPInterface:
+        given = super().request_address(request)
+        assert self.call is None or self.call.give_up()
+        return given
+
+
+def test_addresses_that_are_given_too_late_are_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+    driver = SlowPools()
+    with Plugin(driver) as plugin:
+        pool = {"AddressSpace": "LocalDefault", "Pool": "10.1.0.0/24"}
+        address = {"PoolID": "LocalDefault/10.1.0.0/24", "Address": "10.1.0.9"}
+        for method, request in (("RequestPool", pool), ("RequestAddress", address)):
+            driver.call = Call()
+            answer = plugin.handle(f"/IpamDriver.{method}", json.dumps(request).encode(), driver.call)
+            assert (answer.status, answer.error) == (503, f"IpamDriver.{method} took too long, and is undone")
+            driver.call = None
+            assert plugin.handle(f"/IpamDriver.{method}", json.dumps(request).encode()).status == 200
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(SlowPools, "release_address", lambda *_: 1 / 0)
+            driver.call = Call()
+            request = {**address, "Address": "10.1.0.10"}
+            answer = plugin.handle("/IpamDriver.RequestAddress", json.dumps(request).encode(), driver.call)
+            assert answer.status == 503
+    assert "what was given too late cannot be taken back" in caplog.text
 
 
 DELETIONS = [

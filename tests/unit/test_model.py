@@ -556,6 +556,7 @@ class Sequences(RuleBasedStateMachine):
 
     def take_over_marks(self) -> None:
         """Where not everything could be done, some of the endpoints are done with, and one is half done."""
+        self.take_over()
         for id_, network in self.model.networks.items():
             found = self.driver.networks[id_].endpoints if id_ in self.driver.networks else {}
             for endpoint_id, endpoint in network.endpoints.items():
