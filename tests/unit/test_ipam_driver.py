@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from netplugin_sdk import Plugin
 from netplugin_sdk.addresses import IPNetwork
 from netplugin_sdk.docker import UsedPool
-from netplugin_sdk.ipam import DefaultPool, PoolIpamDriver
+from netplugin_sdk.ipam import DefaultPool, PoolIpamDriver, Strategy
 
 MAC, OTHER_MAC = "02:42:ac:11:00:02", "02:42:ac:11:00:03"
 GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
@@ -528,15 +529,41 @@ def test_what_cannot_be_written_is_not_given_out(engine: Engine, monkeypatch: py
     engine.pool("10.2.0.0/24")
 
 
-def test_many_at_once_get_each_its_own(engine: Engine) -> None:
-    pool, answers = engine.pool("10.1.0.0/22"), list[str]()
+# At once: what moby's parallel_test.go describes
 
-    def work(first: int) -> None:
-        answers.extend(engine.address(pool, f"02:00:00:00:{first:02x}:{n:02x}") for n in range(100))
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(answers)) == len(answers) == 800
+@pytest.mark.parametrize("strategy", [strategy.value for strategy in Strategy])
+@pytest.mark.parametrize("part", ["", "10.1.3.128/25"], ids=["network", "part"])
+def test_all_addresses_are_given_out_and_back_at_once(engine: Engine, strategy: str, part: str) -> None:
+    """Each once; all, those in odd places, those in even places come back, and are given out again."""
+    pool = engine.pool("10.1.0.0/22", part, strategy=strategy)
+    hosts = set(map(str, ip_network(part or "10.1.0.0/22"))) - {"10.1.0.0", "10.1.3.255"}
+    numbers = itertools.count(1)
+
+    def give(_: object) -> str:
+        return engine.address(pool, next(numbers).to_bytes(6).hex(":")).partition("/")[0]
+
+    with ThreadPoolExecutor(8) as users:
+        given = list(users.map(give, hosts))
+        assert sorted(given) == sorted(hosts)
+        assert "no available addresses" in engine.refused("RequestAddress", PoolID=pool)
+        for back in (given, given[1::2], given[::2]):
+            list(users.map(lambda address: engine.release(pool, address), back))
+            assert sorted(users.map(give, back)) == sorted(back)
+        assert "no available addresses" in engine.refused("RequestAddress", PoolID=pool)
+    assert rows(engine, "addresses") == len(hosts)
+
+
+def test_pools_that_are_asked_for_at_once(engine: Engine) -> None:
+    """All are different; what comes back is given out again."""
+
+    def give(_: object) -> str:
+        return engine.pool("0.0.0.0/20")
+
+    with ThreadPoolExecutor(8) as users:
+        given = list(users.map(give, range(64)))
+        assert len(set(given)) == 64
+        assert "fully subnetted" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="0.0.0.0/20")
+        list(users.map(lambda pool: engine("ReleasePool", PoolID=pool), given[::3]))
+        assert sorted(users.map(give, given[::3])) == sorted(given[::3])
+    assert rows(engine, "pools") == 64
