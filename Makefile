@@ -8,7 +8,7 @@ ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml
 
-.PHONY: demo test lint audit bench bench-engine parity clean
+.PHONY: demo test test-unit test-kernel lint audit bench bench-engine parity clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,9 +21,17 @@ demo: .venv/.run
 ENGINES := 20.10 26.1 28.5
 ALONE := tests/engine/test_demo.py
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/wire tests/kernel $(ALONE) $(PYTEST_ARGS)
-	@echo "engines $(ENGINES), side by side: about 10 minutes; what they say comes at the end of each"
+	@echo "unit, wire and kernel, side by side: about 5 minutes; what they say comes at the end of each"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-unit test-kernel
+	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
+	@echo "engines $(ENGINES), side by side: about 13 minutes; what they say comes at the end of each"
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync $(ENGINES:%=test-engine-%)
+
+test-unit: .venv/.dev
+	$(BIN)/python -m pytest tests/unit tests/wire $(PYTEST_ARGS)
+
+test-kernel: .venv/.dev
+	$(BIN)/python -m pytest tests/kernel $(PYTEST_ARGS)
 
 test-engine-%: .venv/.dev
 	$(BIN)/python -m pytest tests/engine --ignore $(ALONE) --engine $* $(PYTEST_ARGS)
