@@ -65,6 +65,8 @@ class Policy:
     """Of which address families the bridge is; without any, it may carry both."""
     internal: bool = False
     """Its ports talk to each other, and that is all."""
+    bridged_only: bool = False
+    """Its ports talk to each other, and what the host routes is left to the rules of others: for a bridge of theirs."""
     icc: bool = True
     """Whether its ports talk to each other directly (inter-container communication)."""
     masquerade: bool = True
@@ -169,7 +171,10 @@ def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
     bridge, mode = policy.bridge, policy.mode(version)
     nat = mode in (Mode.NAT, Mode.UNPROTECTED)
     into = Place.INTO
-    neighbours = [Rule(place=into, incoming=bridge, verdict=Verdict.ACCEPT)] if policy.icc else []
+    among = Rule(place=into, incoming=bridge, verdict=Verdict.ACCEPT)
+    if policy.bridged_only:
+        return (among,)
+    neighbours = [among] if policy.icc else []
     rest = Rule(place=into, verdict=Verdict.DROP)
     if policy.internal or mode is Mode.ISOLATED:
         leaving = Rule(place=Place.OUT, incoming=bridge, not_outgoing=bridge, verdict=Verdict.DROP)

@@ -163,6 +163,7 @@ POLICIES = {
     "plain": Policy(bridge="br-1", network="0123456789ab", subnets=BOTH),
     "internal": Policy(bridge="br-1", subnets=BOTH, internal=True),
     "isolated": Policy(bridge="br-1", subnets=BOTH, mode4=Mode.ISOLATED, mode6=Mode.ISOLATED, icc=False),
+    "bridged-only": Policy(bridge="br-1", bridged_only=True),
     "no-icc-published": Policy(
         bridge="br-1",
         subnets=BOTH,
@@ -279,6 +280,7 @@ def policies_of(bridge: str) -> st.SearchStrategy[Policy]:
         network=st.sampled_from(["", "n1"]),
         subnets=subnets.map(tuple),
         internal=st.booleans(),
+        bridged_only=st.booleans(),
         icc=st.booleans(),
         masquerade=st.booleans(),
         sources=st.lists(hosts, max_size=2).map(tuple),
