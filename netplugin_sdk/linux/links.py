@@ -1,4 +1,4 @@
-"""Bridges and veth pairs in the plugin's own network namespace, over netlink.
+"""Bridges, veth pairs and macvlans in the plugin's own network namespace, over netlink.
 
 Every function makes it so if it is not, so it can be run again after a crash at any point. A name that the kernel
 would not take raises `InvalidRequest` before the kernel is asked; whatever the kernel refuses raises `LinkError`.
@@ -105,6 +105,21 @@ def ensure_veth(
     if mac is not None and not _MAC.fullmatch(mac):
         raise InvalidRequest(f"veth {host}: {mac!r} is not a MAC address")
     _netlink.run(_ensure_veth, host, inside, master=master, mtu=mtu, mac=mac)
+
+
+def ensure_macvlan(name: str, parent: str, *, mac: str | None = None) -> None:
+    """An interface with a MAC address of its own on the network of `parent`, here, for the engine to move (macvlan).
+
+    It is in mode bridge: those of one parent reach each other, and nobody on them reaches the host itself. `mac` is as
+    for `ensure_veth`; its MTU is the parent's.
+
+    Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses.
+    """
+    _check_name(name)
+    _check_name(parent)
+    if mac is not None and not _MAC.fullmatch(mac):
+        raise InvalidRequest(f"macvlan {name}: {mac!r} is not a MAC address")
+    _netlink.run(_ensure_macvlan, name, parent, mac)
 
 
 def attach(name: str, master: str) -> bool:
@@ -328,6 +343,22 @@ def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: i
         raise LinkError(f"{cannot} create with {inside}", error) from error
     if (index := _index(host)) is not None:
         _watch.expect(host, Made(index, master=master_index))
+
+
+def _ensure_macvlan(ipr: Any, name: str, parent: str, mac: str | None) -> None:
+    cannot = f"macvlan {name}: cannot create on {parent}"
+    if (parent_index := _index(parent)) is None:
+        raise LinkError(cannot, OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
+    try:
+        ipr.link("add", kind="macvlan", ifname=name, link=parent_index, macvlan_mode="bridge", **_given(address=mac))
+    except NetlinkError as error:
+        there = _get(ipr, name) if error.code == errno.EEXIST else None
+        if there is None:
+            raise LinkError(cannot, error) from error
+        if _kind(there) != "macvlan" or there.get("link") != parent_index:
+            raise Conflict(f"{cannot}: another {_kind(there) or 'physical or loopback'} interface has this name") from None
+        if mac is not None and there.get("address") != mac.lower():
+            ipr.link("set", index=there["index"], address=mac)
 
 
 def _attach(ipr: Any, name: str, master: str) -> bool:

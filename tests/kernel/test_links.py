@@ -365,3 +365,46 @@ def test_occupied_is_where_the_host_has_addresses_and_routes() -> None:
     wanted = {"10.7.1.0/24", "fd00:7::/64", "10.8.0.0/16", "10.9.9.9/32", "10.66.0.0/16", "fd00:8::/48"}
     assert networks >= wanted
     assert networks - wanted <= {"127.0.0.0/8", "::1/128", "fe80::/64", "fd00:7::5/128"}
+
+
+# Macvlans
+
+
+def test_a_macvlan_has_its_own_mac_and_the_parents_mtu() -> None:
+    run("ip", "link", "add", "up0", "mtu", "1400", "type", "bridge")
+    links.ensure_macvlan("mv-t", "up0", mac=MAC)
+    macvlan = links.describe("mv-t")
+    assert (macvlan.kind, macvlan.mac, macvlan.mtu, macvlan.master) == ("macvlan", MAC, 1400, None)
+    assert "macvlan mode bridge" in run("ip", "-details", "link", "show", "mv-t")
+    assert "mv-t@up0" in run("ip", "link", "show", "mv-t")
+
+
+def test_a_macvlan_twice_is_the_same_with_the_mac_of_the_second() -> None:
+    run("ip", "link", "add", "up0", "type", "bridge")
+    links.ensure_macvlan("mv-t", "up0")
+    index = run("ip", "link", "show", "mv-t").split(":")[0]
+    links.ensure_macvlan("mv-t", "up0", mac=MAC)
+    assert run("ip", "link", "show", "mv-t").split(":")[0] == index
+    assert links.describe("mv-t").mac == MAC
+
+
+def test_a_macvlan_without_its_parent_is_refused() -> None:
+    with pytest.raises(LinkError, match="macvlan mv-t: cannot create on up0: No such device"):
+        links.ensure_macvlan("mv-t", "up0")
+
+
+def test_a_macvlan_takes_no_name_of_something_else() -> None:
+    for parent in ("up0", "up1"):
+        run("ip", "link", "add", parent, "type", "bridge")
+    run("ip", "link", "add", "mv-t", "type", "bridge")
+    links.ensure_macvlan("mv-u", "up1")
+    for name, kind in (("mv-t", "bridge"), ("mv-u", "macvlan")):
+        with pytest.raises(Conflict, match=f"cannot create on up0: another {kind} interface has this name"):
+            links.ensure_macvlan(name, "up0")
+    assert links.describe("mv-t").kind == "bridge"
+
+
+def test_a_mac_that_is_none_is_refused_for_a_macvlan() -> None:
+    run("ip", "link", "add", "up0", "type", "bridge")
+    with pytest.raises(InvalidRequest, match="'02:42' is not a MAC address"):
+        links.ensure_macvlan("mv-t", "up0", mac="02:42")
