@@ -319,7 +319,10 @@ def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: i
     inner = _given(mtu=mtu, address=mac)
 
     def create() -> None:  # both ends with everything they need, in one request
-        ipr.link("add", kind="veth", ifname=host, state="up", peer={"ifname": inside, **inner}, **outer)
+        # A bridge whose own MAC nobody has set takes the lowest of its ports', and would change it with each container
+        # (see _ensure_bridge). This one is the lowest of none.
+        high = bytes((0xFE, *os.urandom(5))).hex(":")
+        ipr.link("add", kind="veth", ifname=host, state="up", address=high, peer={"ifname": inside, **inner}, **outer)
 
     try:
         try:

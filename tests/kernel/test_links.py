@@ -65,6 +65,15 @@ def test_a_bridge_keeps_its_mac_and_mtu_whatever_its_ports_do() -> None:
     assert (links.describe("br-t").mac, links.describe("br-t").mtu) == (before.mac, 1400)
 
 
+def test_pairs_do_not_change_the_mac_that_somebody_elses_bridge_has_of_its_port() -> None:
+    run("ip", "link", "add", "br-u", "type", "bridge")
+    run("ip", "link", "add", "up0", "address", "fc:00:00:00:00:01", "type", "veth", "peer", "name", "up1")
+    run("ip", "link", "set", "up0", "master", "br-u")
+    for n in range(8):
+        links.ensure_veth(f"ve-{n}", f"vc-{n}", master="br-u")
+    assert links.describe("br-u").mac == "fc:00:00:00:00:01"
+
+
 def test_a_bridge_that_is_made_again_has_the_mac_that_containers_remember() -> None:
     links.ensure_bridge("br-t")
     before = links.describe("br-t").mac
