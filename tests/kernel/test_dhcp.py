@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
+import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any
 
 import pytest
+from netplugin_dhcp import leases
 from netplugin_dhcp.driver import DhcpDriver
 from netplugin_dhcp.lease import Lease
 
-from netplugin_sdk import MacAddress, Plugin
+from netplugin_sdk import Container, Endpoint, MacAddress, Plugin
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.testing.engine import wait_until
 
@@ -111,28 +114,519 @@ class Stage:
         self.plugin = Plugin(self.driver, state=self._folder)
         self.ask = Docker(self.plugin)
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        """What is in the kernel and on disk stays."""
         self.plugin.close()
         self.driver._leases.close()
-        links.close()
         firewall.close()
+        links.close()
+
+    def forget(self) -> None:
+        """As with an empty disk."""
+        shutil.rmtree(self._folder)
 
 
 @pytest.fixture
-def stage(tmp_path: Path, iptables: None) -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
+    """On a host whose FORWARD drops what nobody accepts, even between the ports of a bridge."""
+    request.getfixturevalue("iptables")
     stage = Stage(tmp_path / "state")
     yield stage
-    stage.stop()
+    stage.kill()
 
 
-def test_timing(lan: Lan, stage: Stage) -> None:
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the driver has logged as a warning or an error."""
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def lease_of(stage: Stage, endpoint_id: str = ENDPOINT, network_id: str = NETWORK) -> Lease:
+    lease = stage.driver.networks[network_id].endpoints[endpoint_id].attached(Lease)
+    assert lease is not None
+    return lease
+
+
+def start(stage: Stage, container: Namespace, endpoint_id: str = ENDPOINT, **options: Any) -> IPv4Interface:
+    """CreateEndpoint and Join, and what the engine does after them."""
+    interface = stage.ask("CreateEndpoint", endpoint(endpoint_id, **options))["Interface"]
+    joined = stage.ask("Join", joining(endpoint=endpoint_id, sandbox=container.path))
+    container.adopt(joined["InterfaceName"]["SrcName"], interface["Address"], gateway=joined["Gateway"])
+    return IPv4Interface(interface["Address"])
+
+
+def nothing_left() -> bool:
+    return not {"ve-", "vc-"} & {line.split()[0][:3] for line in run("ip", "-brief", "link").splitlines()}
+
+
+SHORT = ("--dhcp-option=option:T1,3", "--dhcp-option=option:T2,4")
+
+
+# What is granted
+
+
+def test_an_endpoint_has_the_address_that_the_server_leases_to_its_mac(lan: Lan, stage: Stage) -> None:
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
-    for n in range(5):
-        t = time.monotonic()
-        print(stage.ask("CreateEndpoint", endpoint(f"{n}" * 20)), time.monotonic() - t)
-        t = time.monotonic()
-        print(stage.ask("DeleteEndpoint", of(NETWORK, f"{n}" * 20)), time.monotonic() - t)
-        time.sleep(.2)
-        print(lan.leases())
-    print(lan.log)
+    interface = stage.ask("CreateEndpoint", endpoint())["Interface"]
+    address = IPv4Interface(interface["Address"])
+    assert address.network == IPv4Interface("192.168.7.0/24").network
+    assert lan.leases() == {interface["MacAddress"]: (str(address.ip), "*")}
+    assert MacAddress(interface["MacAddress"]).packed[0] & 0b11 == 0b10, "locally administered, unicast"
+    lease = lease_of(stage)
+    assert (lease.address, lease.server) == (address, IPv4Address("192.168.7.1"))
+    assert 1700 < lease.renewal - time.time() <= 1800
+    assert 3500 < lease.expiry - time.time() <= 3600
+
+
+def test_a_repeated_request_gets_the_same_lease(lan: Lan, stage: Stage) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    first = stage.ask("CreateEndpoint", endpoint())
+    stage.kill()  # and what was answered is unknown to who starts again
+    stage.forget()
+    stage.start()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    assert stage.ask("CreateEndpoint", endpoint()) == first
+    assert len(lan.leases()) == 1
+
+
+def test_a_mac_address_that_is_asked_for_and_reserved(lan: Lan, stage: Stage) -> None:
+    lan.serve("--dhcp-host=02:00:00:00:00:77,192.168.7.77")
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    interface = stage.ask("CreateEndpoint", endpoint(mac="02:00:00:00:00:77"))["Interface"]
+    assert interface == {"Address": "192.168.7.77/24"}, "no MAC address: an engine refuses what it gave"
+    assert links.describe(f"vc-{ENDPOINT[:12]}").mac == "02:00:00:00:00:77"
+
+
+def test_an_address_that_is_asked_for(lan: Lan, stage: Stage) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    assert stage.ask("CreateEndpoint", endpoint(address="192.168.7.133"))["Interface"]["Address"] == "192.168.7.133/24"
+
+
+def test_an_address_that_another_has_is_not_replaced_by_any(lan: Lan, stage: Stage) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    stage.ask("CreateEndpoint", endpoint(OTHER_ENDPOINT, address="192.168.7.133"))
+    status, text = stage.ask.refused("CreateEndpoint", endpoint(address="192.168.7.133"))
+    assert status == 409
+    assert text.startswith("the DHCP server on br0 does not grant 192.168.7.133, only 192.168.7.")
+    assert len(lan.leases()) == 1
+    assert f"vc-{ENDPOINT[:12]}" not in run("ip", "link")
+
+
+@pytest.mark.usefixtures("lan")
+def test_an_address_that_is_none_is_refused(stage: Stage) -> None:
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    status, text = stage.ask.refused("CreateEndpoint", endpoint(address="192.168.7"))
+    assert (status, text) == (400, "driver-opt address='192.168.7': Expected 4 octets in '192.168.7'")
+
+
+def test_gateway_and_routes_are_the_servers(lan: Lan, stage: Stage) -> None:
+    lan.serve("--dhcp-option=3,192.168.7.2")
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    stage.ask("CreateEndpoint", endpoint())
+    joined = stage.ask("Join", joining())
+    assert (joined["Gateway"], joined["StaticRoutes"]) == ("192.168.7.2", [])
+    assert joined["InterfaceName"] == {"SrcName": f"vc-{ENDPOINT[:12]}", "DstPrefix": "eth"}
+
+    lan.serve("--dhcp-option=3,192.168.7.2", "--dhcp-option=121,10.0.0.0/8,192.168.7.3,0.0.0.0/0,192.168.7.4")
+    stage.ask("CreateEndpoint", endpoint(OTHER_ENDPOINT))
+    joined = stage.ask("Join", joining(endpoint=OTHER_ENDPOINT))
+    assert joined["Gateway"] == "192.168.7.4", "with option 121 option 3 does not count (RFC 3442)"
+    assert joined["StaticRoutes"] == [{"Destination": "10.0.0.0/8", "RouteType": 0, "NextHop": "192.168.7.3"}]
+
+
+def test_a_lan_without_a_router(lan: Lan, stage: Stage) -> None:
+    lan.serve("--dhcp-option=3")
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    stage.ask("CreateEndpoint", endpoint())
+    joined = stage.ask("Join", joining())
+    assert (joined["Gateway"] or "", joined["DisableGatewayService"]) == ("", True)
+
+
+@pytest.mark.usefixtures("lan")
+def test_without_a_server_one_line_says_so_and_nothing_is_left(stage: Stage) -> None:
+    stage.ask("CreateNetwork", network(bridge="br0", timeout="1.5"))
+    began = time.monotonic()
+    assert stage.ask.refused("CreateEndpoint", endpoint()) == (503, "no DHCP server answered on br0 within 1.5 s")
+    assert 1.4 < time.monotonic() - began < 2.5
+    assert nothing_left()
+
+
+def test_what_cannot_be_read_does_no_harm(lan: Lan, stage: Stage) -> None:
+    """Anybody on the LAN may send it, to all; here it comes before the server does."""
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    bootp = b"\x02\x01\x06\x00" + bytes(232) + b"c\x82Sc"
+    junk = [
+        b"",
+        b"x",
+        bootp[:100],
+        bootp,
+        bootp + b"\x35",
+        bootp + b"\x35\x01\x63\xff",
+        bootp + b"\x79\x05\x20\x0a\xff",
+    ]
+    sender = lan.namespace.udp()
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lan0")
+    with sender, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stage.ask, "CreateEndpoint", endpoint())
+        time.sleep(0.5)
+        for message in junk:
+            sender.sendto(message, ("255.255.255.255", 68))
+        assert not asked.done()
+        lan.serve()
+        assert asked.result(10)["Interface"]["Address"].startswith("192.168.7.")
+
+
+# While a container runs
+
+
+def test_a_lease_is_renewed_inside_the_container(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], said: Callable[[], list[str]]
+) -> None:
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    address = start(stage, container)
+    first = lease_of(stage)
+    assert lan.namespace.answering(str(address.ip)) == {str(address.ip)}
+    assert container.answering("192.168.7.1") == {"192.168.7.1"}
+    wait_until(lambda: lease_of(stage).expiry > first.expiry + 5, 10)  # twice
+    assert lan.log.count(f"DHCPACK(lan0) {address.ip}") >= 3
+    assert lan.log.count("DHCPDISCOVER") == 1
+    assert said() == []
+
+
+def test_the_servers_list_has_the_containers_name(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    address = start(stage, namespace())
+    attach(stage, "my_web.1")
+    wait_until(lambda: [*lan.leases().values()] == [(str(address.ip), "my-web-1")], 5)
+
+
+def test_the_name_is_told_when_the_engine_has_moved_the_link(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace]
+) -> None:
+    """Docker may tell of a container whose interface is still on its way."""
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    interface = stage.ask("CreateEndpoint", endpoint())["Interface"]
+    stage.ask("Join", joining(sandbox=container.path))
+    attach(stage, "web")
+    time.sleep(0.5)
+    assert [name for _, name in lan.leases().values()] == ["*"]
+    container.adopt(f"vc-{ENDPOINT[:12]}", interface["Address"])
+    wait_until(lambda: [name for _, name in lan.leases().values()] == ["web"], 5)
+
+
+def attach(stage: Stage, name: str) -> None:
+    here = stage.driver.networks[NETWORK]
+    stage.driver.container_attached(here, here.endpoints[ENDPOINT], Container("c" * 64, name, "busybox"))
+
+
+def test_another_server_may_go_on_with_a_lease(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
+    """At T2 any server is asked (REBINDING): the first one has gone."""
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    start(stage, namespace())
+    lan.stop()
+    lan.namespace.run("ip", "address", "delete", "192.168.7.1/24", "dev", "lan0")
+    lan.namespace.run("ip", "address", "add", "192.168.7.2/24", "dev", "lan0")
+    lan.serve(*SHORT)
+    wait_until(lambda: lease_of(stage).server == IPv4Address("192.168.7.2"), 15)
+
+
+def test_a_server_that_is_silent_for_a_while(
+    lan: Lan,
+    stage: Stage,
+    namespace: Callable[[], Namespace],
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_SILENCE", 1.0)
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    address = start(stage, namespace())
+    first = lease_of(stage)
+    lan.stop()
+    wait_until(lambda: len(said()) == 2, 20)
+    what = f"lease of {address} for vc-{ENDPOINT[:12]}"
+    assert said() == [f"{what}: the DHCP server does not answer", f"{what}: no DHCP server prolongs it"]
+    assert lease_of(stage) == first
+    lan.serve(*SHORT)
+    stage.driver._leases.rename(f"vc-{ENDPOINT[:12]}", "web")  # else it waits for half the time that is left
+    wait_until(lambda: lease_of(stage).expiry > first.expiry, 5)
+
+
+def test_a_lease_that_the_server_refuses_is_told_of_and_tried_for_again(
+    lan: Lan,
+    stage: Stage,
+    namespace: Callable[[], Namespace],
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_SILENCE", 1.0)
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    address = start(stage, container)
+    first = lease_of(stage)
+    lan.serve(*SHORT, "--dhcp-authoritative", range_="192.168.7.10,192.168.7.20")
+    wait_until(lambda: len(said()) >= 2, 15)
+    refused, offered = said()[:2]
+    assert refused.startswith(f"lease of {address} for vc-{ENDPOINT[:12]}: the DHCP server refuses it: ")
+    assert "the DHCP server refuses it and offers 192.168.7.1" in offered
+    assert str(address) in container.run("ip", "address"), "Docker knows it by this address"
+    time.sleep(2.5)
+    assert len(said()) <= 3, "once for each trouble"
+    assert lease_of(stage) == first
+    lan.serve(*SHORT)
+    wait_until(lambda: lease_of(stage).expiry > first.expiry, 15)
+    assert lease_of(stage).address == address
+
+
+def test_a_lease_that_has_expired_is_regained(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
+    """The host slept, or no server was there for long."""
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    address = start(stage, namespace())
+    past = time.time() - 10
+    here = stage.driver.networks[NETWORK].endpoints[ENDPOINT]
+    here.attach(replace(lease_of(stage), renewal=past, rebinding=past, expiry=past))
+    stage.kill()
+    stage.start()
+    wait_until(lambda: lease_of(stage).expiry > time.time() + 3000, 10)
+    assert lease_of(stage).address == address
+    assert lan.log.count(f"DHCPOFFER(lan0) {address.ip}") == 2
+
+
+def test_nothing_of_ours_keeps_a_containers_namespace_alive(lan: Lan, stage: Stage) -> None:
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = Namespace()
+    start(stage, container)
+    wait_until(lambda: lan.log.count("DHCPACK") >= 2, 10)
+    assert f"ve-{ENDPOINT[:12]}" in run("ip", "link")
+    container.close()
+    wait_until(lambda: f"ve-{ENDPOINT[:12]}" not in run("ip", "link"), 10)
+
+
+# A plugin that starts again
+
+
+def test_a_plugin_that_was_killed_goes_on_with_its_leases(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace]
+) -> None:
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    address = start(stage, container)
+    stage.kill()
+    before = lan.log.count("DHCPREQUEST")
+    stage.start()
+    wait_until(lambda: lan.log.count("DHCPREQUEST") > before, 2)  # INIT-REBOOT, at once
+    wait_until(lambda: lan.log.count("DHCPREQUEST") > before + 1, 10)
+    assert lan.log.count("DHCPDISCOVER") == 1
+    assert container.answering("192.168.7.1") == {"192.168.7.1"}
+    assert lease_of(stage).address == address
+
+
+def test_a_plugin_that_starts_again_without_a_server_keeps_the_lease(
+    lan: Lan,
+    stage: Stage,
+    namespace: Callable[[], Namespace],
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_PATIENCE", 1.0)
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    address = start(stage, namespace())
+    lan.stop()
+    stage.kill()
+    stage.start()
+    wait_until(lambda: len(said()) > 0, 5)
+    assert said() == [f"lease of {address} for vc-{ENDPOINT[:12]}: no DHCP server confirms it"]
+    lan.serve()
+    stage.driver._leases.rename(f"vc-{ENDPOINT[:12]}", "web")
+    wait_until(lambda: [*lan.leases().values()] == [(str(address.ip), "web")], 5)
+
+
+def test_an_endpoint_that_was_half_made_is_made_again(lan: Lan, stage: Stage) -> None:
+    """The plugin dies with its lease in hand, and the engine repeats its request to the next one."""
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Endpoint, "attach", die)
+        with pytest.raises(Killed):
+            stage.ask("CreateEndpoint", endpoint())
+    ((_, (address, _)),) = lan.leases().items()
+    stage.kill()
+    stage.start()
+    assert nothing_left()
+    assert stage.ask("CreateEndpoint", endpoint())["Interface"]["Address"] == f"{address}/24"
+
+
+# The end
+
+
+def test_a_lease_is_released_with_its_endpoint(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    start(stage, container)
+    stage.ask("Leave", of(NETWORK, ENDPOINT))
+    container.run("ip", "link", "set", f"vc-{ENDPOINT[:12]}", "netns", str(os.getpid()))
+    stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    wait_until(lambda: lan.leases() == {} and nothing_left(), 5)
+
+
+def test_a_lease_is_released_when_the_container_is_gone_with_its_link(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace]
+) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    start(stage, container)
+    stage.ask("Leave", of(NETWORK, ENDPOINT))
+    run("ip", "link", "delete", f"ve-{ENDPOINT[:12]}")
+    stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    wait_until(lambda: lan.leases() == {} and nothing_left(), 5)
+
+
+def test_an_endpoint_is_deleted_when_its_lease_cannot_be_released(
+    lan: Lan, stage: Stage, said: Callable[[], list[str]]
+) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    stage.ask("CreateEndpoint", endpoint())
+    run("ip", "link", "delete", "br0")
+    stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    wait_until(lambda: nothing_left() and len(said()) > 0, 5)
+    assert said()[-1] == (
+        f"<Endpoint {ENDPOINT[:12]}>: its lease is not given back, and expires: there is no interface br0"
+    )
+    stage.ask("DeleteNetwork", of(NETWORK))
+
+
+@pytest.mark.usefixtures("lan")
+def test_what_was_never_made_is_deleted(stage: Stage) -> None:
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    stage.ask("DeleteNetwork", of(NETWORK))
+    stage.ask("DeleteNetwork", of(NETWORK))
+
+
+# Where
+
+
+def test_macvlans_on_a_parent(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
+    run("ip", "link", "set", "up0", "nomaster")
+    lan.serve(*SHORT)
+    stage.ask("CreateNetwork", network(parent="up0"))
+    container, other = namespace(), namespace()
+    address = start(stage, container)
+    assert run("ip", "-brief", "link").count("up0") == 1, "it is in the container"
+    assert container.answering("192.168.7.1") == {"192.168.7.1"}
+    assert other.answering(str(start(stage, other, OTHER_ENDPOINT).ip)) != set()
+    assert other.answering(str(address.ip)) == {str(address.ip)}
+    wait_until(lambda: lan.log.count(f"DHCPACK(lan0) {address.ip}") >= 2, 10)
+    for endpoint_id, left in ((ENDPOINT, container), (OTHER_ENDPOINT, other)):
+        stage.ask("Leave", of(NETWORK, endpoint_id))
+        left.run("ip", "link", "set", f"vc-{endpoint_id[:12]}", "netns", str(os.getpid()))
+        stage.ask("DeleteEndpoint", of(NETWORK, endpoint_id))
+    wait_until(lambda: lan.leases() == {}, 5)
+    wait_until(nothing_left, 5)
+
+
+def test_the_bridge_is_left_as_it_was(lan: Lan, stage: Stage) -> None:
+    run("ip", "link", "set", "up0", "mtu", "1400")
+    run("ip", "address", "add", "192.168.7.9/24", "dev", "br0")
+    rules, before = run("iptables-save", "-t", "filter"), links.describe("br0")
+    assert before.mtu == 1400, "of its one port"
+    lan.serve()
+    for network_id in (NETWORK, OTHER_NETWORK):  # two of them on one bridge
+        stage.ask("CreateNetwork", network(network_id, bridge="br0"))
+    stage.ask("CreateEndpoint", endpoint())
+    assert links.describe("br0") == before
+    assert links.describe(f"vc-{ENDPOINT[:12]}").mtu == 1400
+    stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    stage.ask("DeleteNetwork", of(NETWORK))
+    wait_until(nothing_left, 5)
+    assert stage.ask("CreateEndpoint", endpoint(network_id=OTHER_NETWORK)), "the other network's frames still pass"
+    stage.ask("DeleteEndpoint", of(OTHER_NETWORK, ENDPOINT))
+    stage.ask("DeleteNetwork", of(OTHER_NETWORK))
+    wait_until(nothing_left, 5)
+    assert links.describe("br0") == before
+    assert [line for line in run("iptables-save", "-t", "filter").splitlines() if "br0" in line] == [
+        line for line in rules.splitlines() if "br0" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "give one of the options bridge=NAME and parent=NAME: where the DHCP server is reached"),
+        (
+            {"bridge": "br0", "parent": "up0"},
+            "give one of the options bridge=NAME and parent=NAME: where the DHCP server is reached",
+        ),
+        ({"bridge": "br7"}, "option bridge=br7: there is no interface br7"),
+        ({"parent": "eth7"}, "option parent=eth7: there is no interface eth7"),
+        ({"bridge": "up0"}, "option bridge=up0: it is no bridge; for macvlans on it: -o parent=up0"),
+        ({"parent": "up0"}, "option parent=up0: it is a port of br0; use -o bridge=br0"),
+        ({"bridge": "br0", "timeout": "30"}, "option timeout='30': expected float <= 20.0"),
+        (
+            {"pool": "10.1.0.0/24", "bridge": "br0"},
+            "the LAN's DHCP server gives out the addresses: add --ipam-driver null",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("lan")
+def test_a_network_that_cannot_be_is_refused_in_one_line(stage: Stage, options: dict[str, str], said: str) -> None:
+    assert stage.ask.refused("CreateNetwork", network(**options)) == (400, said)
+
+
+def test_ten_at_once(lan: Lan, stage: Stage) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    ids = [f"{n}" * 20 for n in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        answers = [*pool.map(lambda n: stage.ask("CreateEndpoint", endpoint(n)), ids)]
+    assert len({answer["Interface"]["Address"] for answer in answers}) == 10
+    assert lan.log.count("DHCPDISCOVER") == len(lan.leases()) == 10
+    with ThreadPoolExecutor(10) as pool:
+        [*pool.map(lambda n: stage.ask("DeleteEndpoint", of(NETWORK, n)), ids)]
+    wait_until(lambda: lan.leases() == {} and nothing_left(), 10)
+
+
+# IPv6
+
+
+def test_ipv6_addresses_are_those_that_the_router_announces(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace]
+) -> None:
+    lan.namespace.run("ip", "address", "add", "fd00:7::1/64", "dev", "lan0", "nodad")
+    lan.serve("--enable-ra", "--dhcp-range=fd00:7::,ra-only", "--ra-param=lan0,4")
+    stage.ask("CreateNetwork", network(bridge="br0", ipv6="true"))
+    container = namespace()
+    address = start(stage, container)
+    disable = f"net.ipv6.conf.vc-{ENDPOINT[:12]}.disable_ipv6"
+    container.run("sysctl", "-w", f"{disable}=1")  # as engines do
+    attach(stage, "web")
+    wait_until(lambda: "fd00:7::" in container.run("ip", "-6", "address", "show", "scope", "global"), 15)
+    assert "default via fe80::" in container.run("ip", "-6", "route")
+    assert str(address) in container.run("ip", "address")

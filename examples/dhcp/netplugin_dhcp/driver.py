@@ -103,14 +103,14 @@ class DhcpDriver(NetworkDriver[Options]):
         _make_link(network, endpoint, endpoint.mac_address)
         self._keep(network, endpoint, lease)
         return Join(
-            endpoint.interface_name("vc"),
+            _link(endpoint),
             gateways=() if lease.gateway is None else (lease.gateway,),
             static_routes=[StaticRoute(route.destination, route.next_hop) for route in lease.routes],
         )
 
     def container_attached(self, network: Network[Options], endpoint: Endpoint, container: Container) -> None:
         """Tell the DHCP server the container's name."""
-        self._leases.rename(endpoint.id, host_name(container.name))
+        self._leases.rename(_link(endpoint), host_name(container.name))
 
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         """The engine takes the link out of the container; its lease is given back with the endpoint."""
@@ -122,20 +122,20 @@ class DhcpDriver(NetworkDriver[Options]):
     def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
         """Make the link a port of the bridge again, and go on with its lease."""
         if network.options.bridge:
-            links.attach(endpoint.interface_name("ve"), network.options.bridge)
+            links.attach(_port(endpoint), network.options.bridge)
         if (lease := endpoint.attached(Lease)) is not None:
             self._keep(network, endpoint, lease, confirm=True)
 
     def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
         """A pair goes with the container's network namespace. A macvlan cannot be seen; Docker tells in the end."""
-        return bool(network.options.bridge) and not links.exists(endpoint.interface_name("ve"))
+        return bool(network.options.bridge) and not links.exists(_port(endpoint))
 
     # --------------------------------------------------------------------------------------------------- leases
 
     def _keep(self, network: Network[Options], endpoint: Endpoint, lease: Lease, *, confirm: bool = False) -> None:
         container = endpoint.container
         self._leases.keep(
-            endpoint.id,
+            _link(endpoint),
             lease,
             where=partial(_interface, endpoint),
             granted=partial(_granted, network, endpoint),
@@ -144,7 +144,7 @@ class DhcpDriver(NetworkDriver[Options]):
         )
 
     def _end(self, network: Network[Options], endpoint: Endpoint) -> None:
-        self._leases.drop(endpoint.id)
+        self._leases.drop(_link(endpoint))
         lease = endpoint.attached(Lease)
         try:
             if lease is not None:
@@ -155,7 +155,17 @@ class DhcpDriver(NetworkDriver[Options]):
         except (DriverError, OSError) as error:
             _log.warning("%r: its lease is not given back, and expires: %s", endpoint, error)
         finally:
-            links.delete(endpoint.interface_name("ve" if network.options.bridge else "vc"))
+            links.delete(_port(endpoint) if network.options.bridge else _link(endpoint))
+
+
+def _link(endpoint: Endpoint) -> str:
+    """The link that the engine moves, which names the lease too."""
+    return endpoint.interface_name("vc")
+
+
+def _port(endpoint: Endpoint) -> str:
+    """Its other end, where it is a pair."""
+    return endpoint.interface_name("ve")
 
 
 def _mac_of(endpoint: Endpoint) -> MacAddress:
@@ -165,10 +175,10 @@ def _mac_of(endpoint: Endpoint) -> MacAddress:
 
 
 def _make_link(network: Network[Options], endpoint: Endpoint, mac: MacAddress) -> None:
-    options, inside = network.options, endpoint.interface_name("vc")
+    options, inside = network.options, _link(endpoint)
     if options.bridge:
         mtu = links.describe(options.bridge).mtu  # a bridge takes the smallest of its ports', unless it was set
-        links.ensure_veth(endpoint.interface_name("ve"), inside, master=options.bridge, mtu=mtu, mac=mac)
+        links.ensure_veth(_port(endpoint), inside, master=options.bridge, mtu=mtu, mac=mac)
     else:
         links.ensure_macvlan(inside, options.parent, mac=mac)
     # While it is here it is not the host that is to get an address from the LAN's routers.

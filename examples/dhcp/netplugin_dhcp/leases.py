@@ -169,7 +169,7 @@ class _Stage(enum.Enum):
     """The server that granted it."""
     REBIND = "no DHCP server prolongs it"
     """Any server."""
-    REGAIN = "it has expired, and no DHCP server grants it again"
+    REGAIN = "it has expired, and no DHCP server grants it again; it stays in use, and may become another host's"
     """Any server, as a newcomer that wants this address."""
 
 
@@ -223,7 +223,7 @@ class _Kept:
             now = time.time()
             self._due = min(now + max((end - now) / 2, _SILENCE), max(end, now + 1.0))
         except Refused as no:
-            self._complain(f"the DHCP server refuses it{no}")
+            self._complain(f"the DHCP server refuses it{no}; it stays in use, and may become another host's")
             self._lost, self._due = True, time.time() + (_SILENCE if self._lost else 1.0)
         except OSError as error:
             # The engine may be moving it just now.
@@ -391,16 +391,18 @@ def _asking(options: dict[str, Any], host_name: str) -> dict[str, Any]:
 
 
 def _set_up(mac: MacAddress) -> None:
-    """And wait until it has its carrier: what is sent before is lost. Raises OSError."""
-    name = interface_of(mac)
+    """And wait until what is sent by it is carried on: what comes earlier is lost. Raises OSError."""
+    name = interface_of(mac).encode()
     until = time.monotonic() + _READY
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
 
         def flags() -> int:
-            found = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
+            found = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name, 0))
             return int(struct.unpack_from("16xH", found)[0])
 
-        if not (before := flags()) & _IFF_UP:
-            fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), before | _IFF_UP))
+        up = struct.pack("16sH22x", name, flags() | _IFF_UP)
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, up)
         while not flags() & _IFF_RUNNING and time.monotonic() < until:
             time.sleep(0.002)
+        # This one waits for the lock under which the kernel tells of the carrier, so that a bridge has heard of it too.
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, up)
