@@ -585,6 +585,10 @@ def test_the_bridge_is_left_as_it_was(lan: Lan, stage: Stage) -> None:
             "give one of the options bridge=NAME and parent=NAME: where the DHCP server is reached",
         ),
         ({"bridge": "br7"}, "option bridge=br7: there is no interface br7"),
+        (
+            {"bridge": "br 0"},
+            "'br 0' cannot be the name of an interface: that is 1 to 15 bytes without white space, '/', ':' or '%'",
+        ),
         ({"parent": "eth7"}, "option parent=eth7: there is no interface eth7"),
         ({"bridge": "up0"}, "option bridge=up0: it is no bridge; for macvlans on it: -o parent=up0"),
         ({"parent": "up0"}, "option parent=up0: it is a port of br0; use -o bridge=br0"),
@@ -598,6 +602,7 @@ def test_the_bridge_is_left_as_it_was(lan: Lan, stage: Stage) -> None:
 @pytest.mark.usefixtures("lan")
 def test_a_network_that_cannot_be_is_refused_in_one_line(stage: Stage, options: dict[str, str], said: str) -> None:
     assert stage.ask.refused("CreateNetwork", network(**options)) == (400, said)
+    assert not stage.driver.networks
 
 
 def test_ten_at_once(lan: Lan, stage: Stage) -> None:

@@ -69,7 +69,8 @@ class DhcpDriver(NetworkDriver[Options]):
         bridge = network.options.bridge
         others = [other for other in tuple(self.networks.values()) if other is not network]
         if bridge and not any(other.options.bridge == bridge for other in others):
-            firewall.delete(bridge)
+            with suppress(InvalidRequest):  # no interface can have this name, and `create_network` has said so
+                firewall.delete(bridge)
 
     # ------------------------------------------------------------------------------------------------ endpoints
 
