@@ -207,10 +207,10 @@ def test_a_plugin_that_is_killed_goes_on_with_its_leases(
 
     wait_until(lambda: renewed() >= 3, 10)
     plugin.kill()
-    before = renewed()
+    before, discovered = renewed(), lan.log.count("DHCPDISCOVER")
     with engine.start_plugin("dhcp", DHCP) as again:
         wait_until(lambda: renewed() >= before + 3, 15)
-        assert lan.log.count("DHCPDISCOVER") == 1
+        assert lan.log.count("DHCPDISCOVER") == discovered
         assert "Traceback" not in again.log.read_text()
         assert pings(engine, "web", ROUTER)
         assert inspect(engine, "web")["IPAddress"] == address
@@ -257,14 +257,15 @@ def test_ten_containers_at_once(engine: PrivateEngine, lan: Lan, link: str) -> N
     assert all(
         IPv4Address("192.168.7.100") <= IPv4Address(address) <= IPv4Address("192.168.7.150") for address in addresses
     )
-    engine.docker("rm", "--force", *names)
+    for name in names:  # `docker rm` of several at once makes Engine 20.10 miscount: "network has active endpoints"
+        engine.docker("rm", "--force", name)
     wait_until(lambda: lan.leases() == {}, 10)
 
 
 def test_an_engine_that_restarts(engine: PrivateEngine, lan: Lan, link: str) -> None:
     lan.serve()
     create(engine, link)
-    run(engine, "web", "--restart", "always")
+    run(engine, "web", "--restart", "always", "--stop-timeout", "1")
     engine.stop()
     wait_until(lambda: lan.leases() == {}, 10)
     engine.start()

@@ -292,12 +292,12 @@ def test_a_lease_is_renewed_inside_the_container(
     stage.ask("CreateNetwork", network(bridge="br0"))
     container = namespace()
     address = start(stage, container)
-    first = lease_of(stage)
+    first, discovered = lease_of(stage), lan.log.count("DHCPDISCOVER")
     assert lan.namespace.answering(str(address.ip)) == {str(address.ip)}
     assert container.answering("192.168.7.1") == {"192.168.7.1"}
     wait_until(lambda: lease_of(stage).expiry > first.expiry + 5, 10)  # twice
     assert lan.log.count(f"DHCPACK(lan0) {address.ip}") >= 3
-    assert lan.log.count("DHCPDISCOVER") == 1
+    assert lan.log.count("DHCPDISCOVER") == discovered
     assert said() == []
 
 
@@ -396,6 +396,7 @@ def test_a_lease_that_has_expired_is_regained(lan: Lan, stage: Stage, namespace:
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
     address = start(stage, namespace())
+    offered = lan.log.count(f"DHCPOFFER(lan0) {address.ip}")
     past = time.time() - 10
     here = stage.driver.networks[NETWORK].endpoints[ENDPOINT]
     here.attach(replace(lease_of(stage), renewal=past, rebinding=past, expiry=past))
@@ -403,7 +404,7 @@ def test_a_lease_that_has_expired_is_regained(lan: Lan, stage: Stage, namespace:
     stage.start()
     wait_until(lambda: lease_of(stage).expiry > time.time() + 3000, 10)
     assert lease_of(stage).address == address
-    assert lan.log.count(f"DHCPOFFER(lan0) {address.ip}") == 2
+    assert lan.log.count(f"DHCPOFFER(lan0) {address.ip}") > offered
 
 
 def test_nothing_of_ours_keeps_a_containers_namespace_alive(lan: Lan, stage: Stage) -> None:
@@ -428,11 +429,11 @@ def test_a_plugin_that_was_killed_goes_on_with_its_leases(
     container = namespace()
     address = start(stage, container)
     stage.kill()
-    before = lan.log.count("DHCPREQUEST")
+    before, discovered = lan.log.count("DHCPREQUEST"), lan.log.count("DHCPDISCOVER")
     stage.start()
     wait_until(lambda: lan.log.count("DHCPREQUEST") > before, 2)  # INIT-REBOOT, at once
     wait_until(lambda: lan.log.count("DHCPREQUEST") > before + 1, 10)
-    assert lan.log.count("DHCPDISCOVER") == 1
+    assert lan.log.count("DHCPDISCOVER") == discovered
     assert container.answering("192.168.7.1") == {"192.168.7.1"}
     assert lease_of(stage).address == address
 
@@ -612,7 +613,7 @@ def test_ten_at_once(lan: Lan, stage: Stage) -> None:
     with ThreadPoolExecutor(10) as pool:
         answers = [*pool.map(lambda n: stage.ask("CreateEndpoint", endpoint(n)), ids)]
     assert len({answer["Interface"]["Address"] for answer in answers}) == 10
-    assert lan.log.count("DHCPDISCOVER") == len(lan.leases()) == 10
+    assert len(lan.leases()) == 10
     with ThreadPoolExecutor(10) as pool:
         [*pool.map(lambda n: stage.ask("DeleteEndpoint", of(NETWORK, n)), ids)]
     wait_until(lambda: lan.leases() == {} and nothing_left(), 10)
