@@ -481,6 +481,21 @@ def test_an_endpoint_that_was_half_made_is_made_again(lan: Lan, stage: Stage) ->
     assert stage.ask("CreateEndpoint", endpoint())["Interface"]["Address"] == f"{address}/24"
 
 
+def test_a_bridge_that_was_made_anew_gets_its_containers_back(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace]
+) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    container = namespace()
+    start(stage, container)
+    run("ip", "link", "delete", "br0")
+    run("ip", "link", "add", "br0", "type", "bridge")
+    run("ip", "link", "set", "br0", "up")
+    run("ip", "link", "set", "up0", "master", "br0")
+    stage.plugin.reconcile()  # as on SIGHUP
+    wait_until(lambda: container.answering("192.168.7.1") == {"192.168.7.1"}, 10)
+
+
 # The end
 
 
