@@ -350,18 +350,19 @@ def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: i
 
 def _ensure_macvlan(ipr: Any, name: str, parent: str, mac: str | None) -> None:
     cannot = f"macvlan {name}: cannot create on {parent}"
-    if (parent_index := _index(parent)) is None:
-        raise LinkError(cannot, OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
+    index = _master(cannot, parent)
     try:
-        ipr.link("add", kind="macvlan", ifname=name, link=parent_index, macvlan_mode="bridge", **_given(address=mac))
+        try:
+            ipr.link("add", kind="macvlan", ifname=name, link=index, macvlan_mode="bridge", **_given(address=mac))
+        except NetlinkError as error:
+            if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
+                raise
+            if _kind(there) != "macvlan" or there.get("link") != index:
+                raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
+            if mac is not None and there.get("address") != mac.lower():
+                ipr.link("set", index=there["index"], address=mac)
     except NetlinkError as error:
-        there = _get(ipr, name) if error.code == errno.EEXIST else None
-        if there is None:
-            raise LinkError(cannot, error) from error
-        if _kind(there) != "macvlan" or there.get("link") != parent_index:
-            raise Conflict(f"{cannot}: another {_kind(there) or 'physical or loopback'} interface has this name") from None
-        if mac is not None and there.get("address") != mac.lower():
-            ipr.link("set", index=there["index"], address=mac)
+        raise LinkError(cannot, error) from error
 
 
 def _attach(ipr: Any, name: str, master: str) -> bool:

@@ -408,7 +408,7 @@ def test_a_macvlan_takes_no_name_of_something_else() -> None:
     run("ip", "link", "add", "mv-t", "type", "bridge")
     links.ensure_macvlan("mv-u", "up1")
     for name, kind in (("mv-t", "bridge"), ("mv-u", "macvlan")):
-        with pytest.raises(Conflict, match=f"cannot create on up0: another {kind} interface has this name"):
+        with pytest.raises(Conflict, match=f"cannot create on up0: a {kind} interface has this name"):
             links.ensure_macvlan(name, "up0")
     assert links.describe("mv-t").kind == "bridge"
 
