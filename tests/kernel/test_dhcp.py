@@ -173,6 +173,7 @@ def test_an_endpoint_has_the_address_that_the_server_leases_to_its_mac(lan: Lan,
     address = IPv4Interface(interface["Address"])
     assert address.network == IPv4Interface("192.168.7.0/24").network
     assert lan.leases() == {interface["MacAddress"]: (str(address.ip), "*")}
+    assert lan.log.count("broadcast response") >= 2, "who has no address yet is not asked for it by ARP"
     assert MacAddress(interface["MacAddress"]).packed[0] & 0b11 == 0b10, "locally administered, unicast"
     lease = lease_of(stage)
     assert (lease.address, lease.server) == (address, IPv4Address("192.168.7.1"))
@@ -256,30 +257,40 @@ def test_without_a_server_one_line_says_so_and_nothing_is_left(stage: Stage) -> 
     assert nothing_left()
 
 
-def test_what_cannot_be_read_does_no_harm(lan: Lan, stage: Stage) -> None:
-    """Anybody on the LAN may send it, to all; here it comes before the server does."""
+def forged(discover: bytes, options: bytes, **header: bytes) -> bytes:
+    """An answer to `discover` with these options; `header` replaces its fields."""
+    xid, mac = header.get("xid", discover[4:8]), header.get("mac", discover[28:34])
+    offered = IPv4Address("192.0.2.9").packed
+    return b"\x02\x01\x06\x00" + xid + bytes(8) + offered + bytes(8) + mac + bytes(202) + b"c\x82Sc" + options
+
+
+def test_what_cannot_be_read_and_answers_to_others_do_no_harm(lan: Lan, stage: Stage) -> None:
+    """Anybody on the LAN may send them, to all; here they come before the server does."""
     stage.ask("CreateNetwork", network(bridge="br0"))
-    bootp = b"\x02\x01\x06\x00" + bytes(232) + b"c\x82Sc"
-    junk = [
-        b"",
-        b"x",
-        bootp[:100],
-        bootp,
-        bootp + b"\x35",
-        bootp + b"\x35\x01\x63\xff",
-        bootp + b"\x79\x05\x20\x0a\xff",
-    ]
-    sender = lan.namespace.udp()
-    sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-    sender.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lan0")
-    with sender, ThreadPoolExecutor(1) as pool:
+    kind, server_id, mask = b"\x35\x01\x02", b"\x36\x04\xc0\x00\x02\x01", b"\x01\x04\xff\xff\xff\x00"
+    good = kind + server_id + mask + b"\x33\x04\x00\x00\x0e\x10\xff"
+    with lan.namespace.udp() as sender, lan.namespace.udp() as server, ThreadPoolExecutor(1) as pool:
+        for each in (sender, server):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lan0")
+        server.bind(("", 67))
+        server.settimeout(5)
         asked = pool.submit(stage.ask, "CreateEndpoint", endpoint())
-        time.sleep(0.5)
-        for message in junk:
+        discover = server.recv(2000)
+        for message in (
+            *(b"", b"x", discover, forged(discover, b"")[:100]),
+            *(forged(discover, good, xid=b"\0\0\0\7"), forged(discover, good, mac=b"\2\0\0\0\0\7")),
+            *(forged(discover, options) for options in (b"", b"\x35", b"\x35\x01\x63\xff", kind, kind + server_id)),
+            *(forged(discover, b"\x79\x05\x21\x0a\0\0\1" + good), forged(discover, b"\x79\x05\x20\x0a")),
+        ):
             sender.sendto(message, ("255.255.255.255", 68))
-        assert not asked.done()
+        again = server.recv(2000)
+        assert b"\x35\x01\x01" in again, "a DISCOVER: it has accepted no offer"
+        sender.sendto(forged(again, good), ("255.255.255.255", 68))
+        assert b"\x35\x01\x03" in server.recv(2000), "a REQUEST: this one could be read, and so were the others"
+        server.close()
         lan.serve()
-        assert asked.result(10)["Interface"]["Address"].startswith("192.168.7.")
+        assert asked.result(15)["Interface"]["Address"].startswith("192.168.7."), "who offered it said no more"
 
 
 # While a container runs
@@ -293,11 +304,13 @@ def test_a_lease_is_renewed_inside_the_container(
     container = namespace()
     address = start(stage, container)
     first, discovered = lease_of(stage), lan.log.count("DHCPDISCOVER")
+    broadcast = lan.log.count("broadcast response")
     assert lan.namespace.answering(str(address.ip)) == {str(address.ip)}
     assert container.answering("192.168.7.1") == {"192.168.7.1"}
     wait_until(lambda: lease_of(stage).expiry > first.expiry + 5, 10)  # twice
     assert lan.log.count(f"DHCPACK(lan0) {address.ip}") >= 3
     assert lan.log.count("DHCPDISCOVER") == discovered
+    assert lan.log.count("broadcast response") == broadcast, "it is between the two of them"
     assert said() == []
 
 
@@ -416,6 +429,7 @@ def test_nothing_of_ours_keeps_a_containers_namespace_alive(lan: Lan, stage: Sta
     assert f"ve-{ENDPOINT[:12]}" in run("ip", "link")
     container.close()
     wait_until(lambda: f"ve-{ENDPOINT[:12]}" not in run("ip", "link"), 10)
+    wait_until(lambda: lan.leases() == {}, 5)  # that it has gone is seen, and its lease given back
 
 
 # A plugin that starts again
@@ -499,8 +513,15 @@ def test_a_bridge_that_was_made_anew_gets_its_containers_back(
 # The end
 
 
-def test_a_lease_is_released_with_its_endpoint(lan: Lan, stage: Stage, namespace: Callable[[], Namespace]) -> None:
-    lan.serve()
+def test_a_lease_is_released_with_its_endpoint(
+    lan: Lan,
+    stage: Stage,
+    namespace: Callable[[], Namespace],
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_MISSING", (0.1, 0.2))
+    lan.serve(*SHORT)
     stage.ask("CreateNetwork", network(bridge="br0"))
     container = namespace()
     start(stage, container)
@@ -508,6 +529,10 @@ def test_a_lease_is_released_with_its_endpoint(lan: Lan, stage: Stage, namespace
     container.run("ip", "link", "set", f"vc-{ENDPOINT[:12]}", "netns", str(os.getpid()))
     stage.ask("DeleteEndpoint", of(NETWORK, ENDPOINT))
     wait_until(lambda: lan.leases() == {} and nothing_left(), 5)
+    log = lan.log
+    time.sleep(4)
+    assert lan.log == log, "nobody asks for more time"
+    assert said() == [], "nor tries to"
 
 
 def test_a_lease_is_released_when_the_container_is_gone_with_its_link(
@@ -651,3 +676,13 @@ def test_ipv6_addresses_are_those_that_the_router_announces(
     wait_until(lambda: "fd00:7::" in container.run("ip", "-6", "address", "show", "scope", "global"), 15)
     assert "default via fe80::" in container.run("ip", "-6", "route")
     assert str(address) in container.run("ip", "address")
+
+
+def test_a_link_that_is_still_on_the_host_gets_the_host_no_ipv6_address(lan: Lan, stage: Stage) -> None:
+    lan.namespace.run("ip", "address", "add", "fd00:7::1/64", "dev", "lan0", "nodad")
+    lan.serve("--enable-ra", "--dhcp-range=fd00:7::,ra-only", "--ra-param=lan0,4")
+    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("0")  # a router would not listen
+    stage.ask("CreateNetwork", network(bridge="br0", ipv6="true"))
+    stage.ask("CreateEndpoint", endpoint())
+    wait_until(lambda: "fd00:7::" in run("ip", "-6", "address", "show", "dev", "br0"), 15)
+    assert "inet6" not in run("ip", "-6", "address", "show", "dev", f"vc-{ENDPOINT[:12]}")

@@ -39,8 +39,10 @@ from netplugin_sdk import MacAddress
 T = TypeVar("T")
 
 _log = logging.getLogger("netplugin_dhcp")
+logging.getLogger("pyroute2.dhcp").setLevel(logging.CRITICAL)  # what anybody may send is no error of ours
 
 _PATIENCE = 10.0  # seconds that an exchange for a lease that we have may take
+_DECISION = 4.0  # seconds that a server may take to grant what it has offered, until others are asked too
 _SILENCE = 60.0  # seconds after an exchange without an answer, at least (RFC 2131, 4.4.5)
 _MISSING = 1.0, 60.0  # seconds after which an interface that was not there is looked for again: at first, and at most
 _READY = 1.0  # seconds in which an interface that is set up has its carrier
@@ -285,7 +287,10 @@ async def _obtain(interface: Interface, wanted: IPv4Address | None, timeout: flo
                 while True:
                     offer = await asking.discover("", wanted)
                     try:
-                        return await asking.accept("", offer)
+                        async with asyncio.timeout(_DECISION):
+                            return await asking.accept("", offer)
+                    except TimeoutError:
+                        _log.debug("%s has offered %s, and says no more", offer.server, offer.address)
                     except Refused as no:
                         refused = no
                         await asyncio.sleep(1.0)  # a server may have offered what another host has by now
