@@ -88,10 +88,12 @@ def lan(tmp_path: Path, namespace: Callable[[], Namespace]) -> Iterator[Lan]:
     lan.stop()
 
 
-def network(network_id: str = NETWORK, pool: str = "0.0.0.0/0", **options: str) -> dict[str, Any]:
+def network(
+    network_id: str = NETWORK, pool: str = "0.0.0.0/0", internal: bool = False, **options: str
+) -> dict[str, Any]:
     return {
         "NetworkID": network_id,
-        "Options": {"com.docker.network.generic": options},
+        "Options": {"com.docker.network.generic": options, "com.docker.network.internal": internal},
         "IPv4Data": [{"AddressSpace": "null", "Pool": pool}],
         "IPv6Data": [],
     }
@@ -420,6 +422,20 @@ def test_a_lease_that_has_expired_is_regained(lan: Lan, stage: Stage, namespace:
     assert lan.log.count(f"DHCPOFFER(lan0) {address.ip}") > offered
 
 
+def test_a_lease_is_renewed_in_time_though_the_host_slept(
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_STEP", 0.1)
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+    start(stage, namespace())
+    first, now = lease_of(stage), time.time
+    time.sleep(0.3)
+    assert lease_of(stage) == first, "half an hour too early"
+    monkeypatch.setattr(time, "time", lambda: now() + 2000)
+    wait_until(lambda: lease_of(stage).expiry > first.expiry + 1900, 5)
+
+
 def test_nothing_of_ours_keeps_a_containers_namespace_alive(lan: Lan, stage: Stage) -> None:
     lan.serve(*SHORT)
     stage.ask("CreateNetwork", network(bridge="br0"))
@@ -635,13 +651,17 @@ def test_the_bridge_is_left_as_it_was(lan: Lan, stage: Stage) -> None:
         ({"parent": "up0"}, "option parent=up0: it is a port of br0; use -o bridge=br0"),
         ({"bridge": "br0", "timeout": "30"}, "option timeout='30': expected float <= 20.0"),
         (
+            {"internal": True, "bridge": "br0"},
+            "a LAN is not --internal: its hosts reach the containers, and are reached",
+        ),
+        (
             {"pool": "10.1.0.0/24", "bridge": "br0"},
             "the LAN's DHCP server gives out the addresses: add --ipam-driver null",
         ),
     ],
 )
 @pytest.mark.usefixtures("lan")
-def test_a_network_that_cannot_be_is_refused_in_one_line(stage: Stage, options: dict[str, str], said: str) -> None:
+def test_a_network_that_cannot_be_is_refused_in_one_line(stage: Stage, options: dict[str, Any], said: str) -> None:
     assert stage.ask.refused("CreateNetwork", network(**options)) == (400, said)
     assert not stage.driver.networks
 

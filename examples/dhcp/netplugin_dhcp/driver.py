@@ -53,6 +53,8 @@ class DhcpDriver(NetworkDriver[Options]):
         options, name = network.options, network.options.link
         if network.subnets:
             raise InvalidRequest("the LAN's DHCP server gives out the addresses: add --ipam-driver null")
+        if network.internal:
+            raise InvalidRequest("a LAN is not --internal: its hosts reach the containers, and are reached")
         try:
             link = links.describe(name)
         except NotFound as error:
@@ -199,8 +201,12 @@ def _granted(network: Network[Options], endpoint: Endpoint, lease: Lease) -> Non
         endpoint.attach(lease)
     if network.options.ipv6 and endpoint.sandbox is not None:
         interface = _interface(endpoint)
-        # Engines disable it on interfaces that they know no IPv6 address of.
-        within(
-            interface.namespace,
-            lambda: sysctls.ensure(f"net/ipv6/conf/{interface_of(interface.mac)}/disable_ipv6", 0),
-        )
+        try:
+            within(interface.namespace, partial(_enable_ipv6, interface.mac))
+        except (DriverError, OSError) as error:
+            _log.warning("%r: gets no IPv6 addresses: %s", endpoint, error)
+
+
+def _enable_ipv6(mac: MacAddress) -> None:
+    """Engines disable it on an interface that they know no IPv6 address of."""
+    sysctls.ensure(f"net/ipv6/conf/{interface_of(mac)}/disable_ipv6", 0)

@@ -45,6 +45,7 @@ _PATIENCE = 10.0  # seconds that an exchange for a lease that we have may take
 _DECISION = 4.0  # seconds that a server may take to grant what it has offered, until others are asked too
 _SILENCE = 60.0  # seconds after an exchange without an answer, at least (RFC 2131, 4.4.5)
 _MISSING = 1.0, 60.0  # seconds after which an interface that was not there is looked for again: at first, and at most
+_STEP = 60.0  # seconds between looks at the clock
 _READY = 1.0  # seconds in which an interface that is set up has its carrier
 _PARAMETERS = [
     Option.SUBNET_MASK,
@@ -203,14 +204,19 @@ class _Kept:
     async def run(self) -> None:
         """Until it is cancelled."""
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._at_once.wait(), max(self._due - time.time(), 0.0))
-            self._at_once.clear()
+            await self._wait()
             try:
                 await self._prolong()
             except Exception:
                 _log.exception("lease of %s for %s: cannot be kept", self._lease.address, self._name)
                 self._due = time.time() + _SILENCE
+
+    async def _wait(self) -> None:
+        """Until it is due by the clock on the wall, which goes on while the host sleeps; the loop's own does not."""
+        while not self._at_once.is_set() and (left := self._due - time.time()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._at_once.wait(), min(left, _STEP))
+        self._at_once.clear()
 
     async def _prolong(self) -> None:
         now = time.time()
@@ -226,7 +232,8 @@ class _Kept:
             self._due = min(now + max((end - now) / 2, _SILENCE), max(end, now + 1.0))
         except Refused as no:
             self._complain(f"the DHCP server refuses it{no}; it stays in use, and may become another host's")
-            self._lost, self._due = True, time.time() + (_SILENCE if self._lost else 1.0)
+            self._due = time.time() + (_SILENCE if self._lost else 1.0)
+            self._lost = True
         except OSError as error:
             # The engine may be moving it just now.
             self._due = time.time() + self._absence
