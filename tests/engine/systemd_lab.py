@@ -1,4 +1,4 @@
-"""A host with a real systemd, Docker's own units and myplugin's two. Its disk stays from one boot to the next.
+"""A host with a real systemd, Docker's own units and a plugin's two. Its disk stays from one boot to the next.
 
 systemd is this machine's, as the first process of namespaces of its own; its files are this machine's too, read-only,
 but for /run, /etc, /var/lib, /opt, /dev and /tmp. containerd and dockerd are in a mount namespace of their own, whose
@@ -25,7 +25,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 ENGINE_ADDRESS6, OUTSIDE_ADDRESS6 = "2001:db8:51::1", "2001:db8:51::2"
 
 _REPOSITORY = Path(__file__).parents[2]
-_UNITS = _REPOSITORY / "examples" / "myplugin" / "systemd"
+_EXAMPLES = _REPOSITORY / "examples"
 _DISK = ("docker", "containerd", "engine", "engine-work", "etc", "etc-work", "journal", "lib", "units")
 
 # Nothing that would touch the machine below, as sysctls, udev and modules do.
@@ -137,8 +137,8 @@ exec sleep infinity
 
 # Where the unit expects it. The interpreter was built for another folder.
 _PROGRAM = """#!/bin/sh
-export PYTHONPATH=/opt/repository:/opt/repository/examples/myplugin:/opt/dependencies PYTHONDONTWRITEBYTECODE=1
-LD_LIBRARY_PATH=/opt/python/lib exec /opt/python/bin/python{major}.{minor} -m myplugin "$@"
+export PYTHONPATH=/opt/repository:/opt/repository/examples/{example}:/opt/dependencies PYTHONDONTWRITEBYTECODE=1
+LD_LIBRARY_PATH=/opt/python/lib exec /opt/python/bin/python{major}.{minor} -m {module} "$@"
 """
 
 _IMPORT_BUSYBOX = """
@@ -152,9 +152,14 @@ tar -C $image -c . | docker import -c 'ENV PATH=/bin' - busybox
 
 
 class Host:
-    """It is off at first. `close` removes it."""
+    """It is off at first. `close` removes it.
 
-    def __init__(self, version: str) -> None:
+    `example` is the folder with the units, which start `program`: what ``python -m MODULE`` does.
+    """
+
+    def __init__(
+        self, version: str, *, example: str = "myplugin", module: str = "myplugin", program: str = "myplugin"
+    ) -> None:
         image = root_file_system(version)
         labs = image.parents[1] / "labs"  # where the next PrivateEngine removes it, should we be killed
         labs.mkdir(exist_ok=True)
@@ -168,21 +173,22 @@ class Host:
         """When it was switched on last."""
         for name in ("cgroup", "root", *(f"disk/{name}" for name in _DISK)):
             (self.folder / name).mkdir(parents=True)
-        for name in ("myplugin/bin", "repository", "dependencies", "python"):
+        for name in (f"{program}/bin", "repository", "dependencies", "python"):
             (self.folder / "opt" / name).mkdir(parents=True)
-        program = self.folder / "opt/myplugin/bin/myplugin"
-        program.write_text(_PROGRAM.format(major=sys.version_info.major, minor=sys.version_info.minor))
-        program.chmod(0o755)
+        file = self.folder / "opt" / program / "bin" / program
+        python = {"major": sys.version_info.major, "minor": sys.version_info.minor}
+        file.write_text(_PROGRAM.format(example=example, module=module, **python))
+        file.chmod(0o755)
         (self.folder / "image").symlink_to(image)
         (self.folder / "disk/etc/group").write_text(Path("/etc/group").read_text() + "docker:x:998:\n")
-        self._install(image / "lib/systemd/system")
+        self._install(image / "lib/systemd/system", _EXAMPLES / example / "systemd")
 
-    def _install(self, docker_units: Path) -> None:
-        """systemd's units, Docker's, and myplugin's without enabling them."""
+    def _install(self, docker_units: Path, plugin_units: Path) -> None:
+        """systemd's units, Docker's, and the plugin's without enabling them."""
         units = self.folder / "disk/units"
         for name in _SYSTEM_UNITS:
             shutil.copy(SYSTEMD.parent / "system" / name, units)
-        for unit in _UNITS.iterdir():
+        for unit in plugin_units.iterdir():
             shutil.copy(unit, units)
         for name in _DOCKER_UNITS:
             text = (docker_units / name).read_text()
