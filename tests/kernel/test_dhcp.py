@@ -20,7 +20,7 @@ from netplugin_dhcp import leases
 from netplugin_dhcp.driver import DhcpDriver
 from netplugin_dhcp.lease import Lease
 
-from netplugin_sdk import Container, Endpoint, MacAddress, Plugin
+from netplugin_sdk import Container, MacAddress, Plugin
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.testing.engine import wait_until
 
@@ -216,6 +216,7 @@ def test_an_address_that_another_has_is_not_replaced_by_any(lan: Lan, stage: Sta
     status, text = stage.ask.refused("CreateEndpoint", endpoint(address="192.168.7.133"))
     assert status == 409
     assert text.startswith("the DHCP server on br0 does not grant 192.168.7.133, only 192.168.7.")
+    assert lan.log.count("DHCPREQUEST") == 1, "so it is not accepted"
     assert len(lan.leases()) == 1
     assert f"vc-{ENDPOINT[:12]}" not in run("ip", "link")
 
@@ -489,7 +490,7 @@ def test_a_plugin_that_starts_again_without_a_server_keeps_the_lease(
     wait_until(lambda: [*lan.leases().values()] == [(str(address.ip), "web")], 5)
 
 
-def test_an_endpoint_that_was_half_made_is_made_again(lan: Lan, stage: Stage) -> None:
+def test_an_endpoint_that_was_half_made_gives_its_lease_back(lan: Lan, stage: Stage) -> None:
     """The plugin dies with its lease in hand, and the engine repeats its request to the next one."""
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
@@ -501,14 +502,31 @@ def test_an_endpoint_that_was_half_made_is_made_again(lan: Lan, stage: Stage) ->
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Endpoint, "attach", die)
+        patch.setattr(logging.getLogger("netplugin_dhcp"), "info", die)  # of the address
         with pytest.raises(Killed):
             stage.ask("CreateEndpoint", endpoint())
     ((_, (address, _)),) = lan.leases().items()
     stage.kill()
     stage.start()
-    assert nothing_left()
+    wait_until(lambda: lan.leases() == {} and nothing_left(), 5)
     assert stage.ask("CreateEndpoint", endpoint())["Interface"]["Address"] == f"{address}/24"
+
+
+def test_a_lease_is_on_disk_before_it_is_accepted(lan: Lan, stage: Stage) -> None:
+    lan.serve()
+    stage.ask("CreateNetwork", network(bridge="br0"))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases._Socket, "accept", die)
+        with pytest.raises(Killed):
+            stage.ask("CreateEndpoint", endpoint())
+    assert lease_of(stage).address in IPv4Interface("192.168.7.0/24").network
 
 
 def test_a_bridge_that_was_made_anew_gets_its_containers_back(

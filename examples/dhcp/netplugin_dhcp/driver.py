@@ -81,17 +81,20 @@ class DhcpDriver(NetworkDriver[Options]):
         options, wanted = network.options, wanted_address(endpoint.options)
         mac = endpoint.requested.mac_address or _mac_of(endpoint)
         _make_link(network, endpoint, mac)
+
+        def offered(lease: Lease) -> None:
+            if wanted not in (None, lease.address.ip):
+                raise Conflict(f"the DHCP server on {options.link} does not grant {wanted}, only {lease.address.ip}")
+            endpoint.attach(lease)  # before it is ours, so that it is given back should this process die
+
         try:
-            lease = self._leases.obtain(mac, wanted=wanted, timeout=options.timeout)
+            lease = self._leases.obtain(mac, offered, wanted=wanted, timeout=options.timeout)
         except TimeoutError:
             raise Unavailable(f"no DHCP server answered on {options.link} within {options.timeout:g} s") from None
         except Refused as no:
             raise Unavailable(f"the DHCP server on {options.link} refuses what it has offered{no}") from None
         except OSError as error:
             raise Unavailable(f"DHCP on {options.link}: {error}") from error
-        if wanted not in (None, lease.address.ip):
-            self._leases.release(mac, lease)
-            raise Conflict(f"the DHCP server on {options.link} does not grant {wanted}, only {lease.address.ip}")
         endpoint.attach(lease)
         _log.info("%r: %s from %s", endpoint, lease.address, lease.server)
         return EndpointInterface(

@@ -83,8 +83,13 @@ class Leases:
         self._thread: threading.Thread | None = None
         self._kept: dict[str, tuple[_Kept, asyncio.Task[None]]] = {}  # of the loop's thread alone
 
-    def obtain(self, mac: MacAddress, *, wanted: IPv4Address | None = None, timeout: float) -> Lease:
+    def obtain(
+        self, mac: MacAddress, offered: Callable[[Lease], object], *, wanted: IPv4Address | None = None, timeout: float
+    ) -> Lease:
         """A lease for the interface with this MAC address, here, which is set up for it. `wanted` is only asked for.
+
+        `offered` is told of what is about to be accepted, in the loop's thread: to write it down, so that it can be
+        given back whatever happens, or to raise something, and have none.
 
         Raises:
             TimeoutError: no server grants one within `timeout` seconds.
@@ -92,7 +97,7 @@ class Leases:
             OSError: there is no such interface, or it cannot be used.
         """
         _set_up(mac)
-        return self._do(_obtain(Interface(mac), wanted, timeout))
+        return self._do(_obtain(Interface(mac), offered, wanted, timeout))
 
     def keep(
         self,
@@ -286,13 +291,16 @@ class _Kept:
             _log.warning("lease of %s for %s: %s", self._lease.address, self._name, trouble)
 
 
-async def _obtain(interface: Interface, wanted: IPv4Address | None, timeout: float) -> Lease:
+async def _obtain(
+    interface: Interface, offered: Callable[[Lease], object], wanted: IPv4Address | None, timeout: float
+) -> Lease:
     refused: Refused | None = None
     with closing(_Socket(interface)) as asking:
         try:
             async with asyncio.timeout(timeout):
                 while True:
                     offer = await asking.discover("", wanted)
+                    offered(offer)
                     try:
                         async with asyncio.timeout(_DECISION):
                             return await asking.accept("", offer)
