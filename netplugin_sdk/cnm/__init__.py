@@ -1,0 +1,1 @@
+"""Docker's side of the contract: the Container Network Model."""

@@ -1,0 +1,734 @@
+"""Docker's side of the contract: networks, endpoints and sandboxes, as libnetwork has them.
+
+    controller ── registry ── drivers (in process, or over sockets)
+        ├── networks ── endpoints ──┐
+        └── sandboxes ──────────────┘ join, leave
+
+The order of the calls, what is rolled back and the texts of errors are libnetwork's (moby ``daemon/libnetwork``:
+``controller.go``, ``network.go``, ``endpoint.go``, ``sandbox.go``); what `Sandbox.connect` does beside it is the
+daemon's (``daemon/container_operations.go``).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+import threading
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from ipaddress import ip_address, ip_interface, ip_network
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.cnm.registry import Driver, Known, MethodNotSupported, Registry
+from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
+from netplugin_sdk.linux.namespaces import DEFAULT, Namespace, Route
+from netplugin_sdk.messages import Port, PortMapping
+from netplugin_sdk.plugin import Plugin
+
+_log = logging.getLogger("netplugin_sdk")
+
+_ENABLE_IPV4, _ENABLE_IPV6 = "com.docker.network.enable_ipv4", "com.docker.network.enable_ipv6"
+_INTERNAL, _GENERIC = "com.docker.network.internal", "com.docker.network.generic"
+_EXPOSED_PORTS, _PORT_MAP = "com.docker.network.endpoint.exposedports", "com.docker.network.portmap"
+_MAC_ADDRESS, _NAME = "com.docker.network.endpoint.macaddress", "com.docker.network.endpoint.name"
+_NO_PROXY = "com.docker.network.driver.private.no_proxy_6to4"
+_GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+_NULL = "null"  # the IPAM driver without addresses
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a version of the Docker Engine speaks to its plugins."""
+
+    version: str
+    checks_gateways: bool
+    """``GwAllocCheck`` before a network is created, and whether IPv4 is enabled (≥ 28)."""
+    tells_names: bool
+    """An endpoint's name with ``RequestAddress`` (≥ 29)."""
+    inspects_twice: bool
+    """``EndpointOperInfo`` once more after a join (< 28)."""
+
+
+ENGINES: Mapping[str, Engine] = {
+    "20.10": Engine("20.10", checks_gateways=False, tells_names=False, inspects_twice=True),
+    "26.1": Engine("26.1", checks_gateways=False, tells_names=False, inspects_twice=True),
+    "28.5": Engine("28.5", checks_gateways=True, tells_names=False, inspects_twice=False),
+    "29": Engine("29", checks_gateways=True, tells_names=True, inspects_twice=False),
+}
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """What ``docker network create`` says of a subnet; what is None the IPAM driver chooses.
+
+    `range` is ``--ip-range``, `auxiliary` is ``--aux-address``.
+    """
+
+    network: IPNetwork | None = None
+    range: IPNetwork | None = None
+    gateway: IPAddress | None = None
+    auxiliary: Mapping[str, IPAddress] = field(default_factory=dict)
+    version: int = 4
+    """IP version, where there is no `network`."""
+
+    @classmethod
+    def parse(cls, network: str, *, range: str = "", gateway: str = "", auxiliary: Mapping[str, str] = {}) -> Subnet:
+        """Of texts. Raises ValueError."""
+        subnet = ip_network(network)
+        return cls(
+            subnet,
+            ip_network(range) if range else None,
+            ip_address(gateway) if gateway else None,
+            {name: ip_address(address) for name, address in auxiliary.items()},
+            subnet.version,
+        )
+
+
+@dataclass
+class _Pool:
+    """A pool that a network has."""
+
+    id: str
+    network: IPNetwork
+    version: int
+    gateway: IPInterface | None = None
+    auxiliary: dict[str, IPInterface] = field(default_factory=dict)
+
+    def to_wire(self, space: str) -> dict[str, Any]:
+        wire: dict[str, Any] = {"AddressSpace": space, "Pool": self.network}
+        if self.gateway is not None:
+            wire["Gateway"] = self.gateway
+        if self.auxiliary:
+            wire["AuxAddresses"] = self.auxiliary
+        return wire
+
+
+class NetworkController:
+    """Networks and sandboxes of a host, with drivers by their names. A context manager, which cleans up.
+
+    Args:
+        drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
+            Without one of the name ``default``, networks have addresses from a `PoolIpamDriver` of the controller's.
+        find: finds every other driver by its name.
+        engine: the version to speak like.
+        folder: for the files of sandboxes; None makes one and removes it.
+    """
+
+    def __init__(
+        self,
+        drivers: Mapping[str, Plugin],
+        *,
+        find: Callable[[str], Driver],
+        engine: str = "28.5",
+        folder: Path | None = None,
+    ) -> None:
+        self._closing = ExitStack()
+        self.engine = ENGINES[engine]
+        self.folder = folder or Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="cnm-")))
+        self.registry = Registry(drivers, find)
+        self.networks: dict[str, Network] = {}
+        """By name."""
+        self.sandboxes: dict[str, Sandbox] = {}
+        """By name."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete all sandboxes and networks."""
+        with self._closing:
+            for sandbox in tuple(self.sandboxes.values()):
+                sandbox.delete()
+            for network in tuple(self.networks.values()):
+                network.delete()
+
+    def create_network(
+        self,
+        name: str,
+        driver: str,
+        *,
+        ipam: str = "default",
+        ipam_options: Mapping[str, str] = {},
+        subnets: Sequence[Subnet] = (),
+        ipv6: bool = False,
+        internal: bool = False,
+        options: Mapping[str, str] = {},
+    ) -> Network:
+        """``docker network create``. `options` are ``-o``, `ipam_options` ``--ipam-opt``.
+
+        Raises:
+            Conflict: there is one of this name.
+            NotFound: there is no such driver.
+            PluginError: a driver refused; nothing is left of it.
+        """
+        with self._lock:
+            if name in self.networks:
+                raise Conflict(f"network with name {name} already exists")
+        network = Network(self, name, driver, ipam, ipv6=ipv6, internal=internal, options=options)
+        network._create(subnets, ipam_options)
+        with self._lock:
+            if name in self.networks:  # made meanwhile
+                network._delete()
+                raise Conflict(f"network with name {name} already exists")
+            self.networks[name] = network
+        return network
+
+    def create_sandbox(self, name: str, *, ports: Sequence[PortMapping] = (), exposed: Sequence[Port] = ()) -> Sandbox:
+        """A network namespace, as a container has. `ports` are ``-p``, `exposed` is ``--expose``.
+
+        Raises `Conflict` if there is one of this name.
+        """
+        with self._lock:
+            if name in self.sandboxes:
+                raise Conflict(f"sandbox with name {name} already exists")
+            sandbox = self.sandboxes[name] = Sandbox(self, name, ports, exposed)
+        return sandbox
+
+
+class Network:
+    """A network of a controller."""
+
+    def __init__(
+        self,
+        controller: NetworkController,
+        name: str,
+        driver: str,
+        ipam: str,
+        *,
+        ipv6: bool,
+        internal: bool,
+        options: Mapping[str, str],
+    ) -> None:
+        self.id = secrets.token_hex(32)
+        self.name, self.internal, self.ipv6 = name, internal, ipv6
+        self.endpoints: dict[str, Endpoint] = {}
+        """By name."""
+        self._controller = controller
+        self.driver = controller.registry.network_driver(driver)
+        self._ipam = None if ipam == _NULL else controller.registry.ipam_driver(ipam)
+        self._options = dict(options)
+        self._pools: list[_Pool] = []
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Network {self.name} {self.id[:12]}>"
+
+    @property
+    def subnets(self) -> tuple[IPNetwork, ...]:
+        """Its subnets, IPv4 before IPv6."""
+        return tuple(pool.network for pool in self._pools)
+
+    @property
+    def gateways(self) -> tuple[IPInterface, ...]:
+        """Their gateways' addresses."""
+        return tuple(pool.gateway for pool in self._pools if pool.gateway is not None)
+
+    # ---------------------------------------------------------------------------------------- create and delete
+
+    def _create(self, subnets: Sequence[Subnet], ipam_options: Mapping[str, str]) -> None:
+        options: dict[str, Any] = {_ENABLE_IPV6: self.ipv6, _GENERIC: self._options}
+        if self._controller.engine.checks_gateways:
+            options[_ENABLE_IPV4] = True
+        if self.internal:
+            options[_INTERNAL] = True
+        skips = self._skipped_gateways(options)
+        wanted = [*subnets]
+        for version in (4, 6) if self.ipv6 else (4,):
+            if not any(subnet.version == version for subnet in wanted):
+                wanted.append(Subnet(version=version))
+        with ExitStack() as undo:
+            for subnet in sorted(wanted, key=lambda subnet: subnet.version):
+                self._pools.append(self._allocate(subnet, ipam_options, skips, undo))
+            data = {4: list[dict[str, Any]](), 6: list[dict[str, Any]]()}
+            for pool in self._pools:
+                data[pool.version].append(pool.to_wire(self._space))
+            request = {"NetworkID": self.id, "Options": options, "IPv4Data": data[4], "IPv6Data": data[6]}
+            self.driver.call("CreateNetwork", request)
+            undo.pop_all()
+
+    def _skipped_gateways(self, options: Mapping[str, Any]) -> frozenset[int]:
+        if not (self._controller.engine.checks_gateways and self.driver.capabilities.get("GwAllocChecker")):
+            return frozenset()
+        answer = self.driver.call("GwAllocCheck", {"Options": options})
+        return frozenset(version for version in (4, 6) if answer.get(f"SkipIPv{version}"))
+
+    @property
+    def _space(self) -> str:
+        if self._ipam is None:
+            return ""
+        scope = str(self.driver.capabilities["Scope"]).capitalize()
+        return str(self._ipam.capabilities[f"{scope}DefaultAddressSpace"])
+
+    def _allocate(self, subnet: Subnet, options: Mapping[str, str], skips: frozenset[int], undo: ExitStack) -> _Pool:
+        if self._ipam is None:
+            return _Pool("", DEFAULT[subnet.version], subnet.version)
+        request = {
+            "AddressSpace": self._space,
+            "Pool": subnet.network or "",
+            "SubPool": subnet.range or "",
+            "Options": options,
+            "V6": subnet.version == 6,
+        }
+        answer = self._ipam.call("RequestPool", request)
+        pool = _Pool(answer["PoolID"], ip_network(answer["Pool"]), subnet.version)
+        undo.callback(self._try, self._ipam, "ReleasePool", {"PoolID": pool.id})
+        if subnet.gateway is None and _GATEWAY["RequestAddressType"] in (answer.get("Data") or {}):
+            pool.gateway = ip_interface(answer["Data"][_GATEWAY["RequestAddressType"]])
+        elif subnet.gateway is not None or subnet.version not in skips:
+            with _explained(f"failed to allocate gateway ({subnet.gateway or ''})"):
+                pool.gateway = self._request_address(pool, subnet.gateway, _GATEWAY)
+        for name, address in subnet.auxiliary.items():
+            if address not in pool.network:
+                raise InvalidRequest(
+                    f"auxiliary address: ({name}:{address}) must belong to the master pool: {pool.network}"
+                )
+            with _explained(f"failed to allocate secondary ip address ({name}:{address})"):
+                pool.auxiliary[name] = self._request_address(pool, address, None)
+        return pool
+
+    def _request_address(
+        self, pool: _Pool, address: IPAddress | None, options: Mapping[str, str] | None
+    ) -> IPInterface:
+        assert self._ipam is not None
+        request = {"PoolID": pool.id, "Address": address or "", "Options": options}
+        return ip_interface(self._ipam.call("RequestAddress", request)["Address"])
+
+    def delete(self) -> None:
+        """``docker network rm``.
+
+        Raises `Conflict` if it has endpoints, `PluginError` if the driver refuses; then it is still there.
+        """
+        if self.endpoints:
+            active = " ".join(f'name:"{name}" id:"{ep.id[:12]}"' for name, ep in sorted(self.endpoints.items()))
+            raise Conflict(f"network {self.name} has active endpoints ({active})")
+        self._delete()
+        with self._controller._lock:
+            del self._controller.networks[self.name]
+
+    def _delete(self) -> None:
+        self.driver.call("DeleteNetwork", {"NetworkID": self.id})
+        for pool in self._pools:
+            if self._ipam is None:
+                continue
+            if pool.gateway is not None:
+                self._try(self._ipam, "ReleaseAddress", {"PoolID": pool.id, "Address": pool.gateway.ip})
+            for address in pool.auxiliary.values():
+                self._try(self._ipam, "ReleaseAddress", {"PoolID": pool.id, "Address": address.ip})
+            self._try(self._ipam, "ReleasePool", {"PoolID": pool.id})
+
+    @staticmethod
+    def _try(driver: Known, method: str, request: Mapping[str, Any]) -> None:
+        """What an engine only logs if it fails."""
+        try:
+            driver.call(method, request)
+        except DriverError as error:
+            _log.warning("%s", error)
+
+    # ------------------------------------------------------------------------------------------------ endpoints
+
+    def create_endpoint(
+        self,
+        name: str,
+        *,
+        addresses: Iterable[IPAddress] = (),
+        mac: MacAddress | None = None,
+        options: Mapping[str, Any] = {},
+    ) -> Endpoint:
+        """An attachment for a container: addresses from IPAM, then the driver's ``CreateEndpoint``.
+
+        `addresses` are those that are wished for (``--ip``, ``--ip6``).
+
+        Raises:
+            Conflict: there is one of this name.
+            PluginError: a driver refused; nothing is left of it.
+        """
+        with self._lock:
+            if name in self.endpoints:
+                raise Conflict(f"endpoint with name {name} already exists in network {self.name}")
+        endpoint = Endpoint(self, name)
+        with ExitStack() as undo:
+            endpoint._assign(tuple(addresses), mac, undo)
+            endpoint._create(options)
+            undo.pop_all()
+        with self._lock:
+            self.endpoints[name] = endpoint
+        return endpoint
+
+
+class Endpoint:
+    """A container's attachment to a network."""
+
+    def __init__(self, network: Network, name: str) -> None:
+        self.id = secrets.token_hex(32)
+        self.network, self.name = network, name
+        self.addresses: dict[int, IPInterface] = {}
+        """By IP version."""
+        self.mac: MacAddress | None = None
+        self.sandbox: Sandbox | None = None
+        self.interface: str | None = None
+        """Its name inside the sandbox."""
+        self.gateways: dict[int, IPAddress] = {}
+        """That the driver's ``Join`` named, by IP version."""
+        self.routes: tuple[Route, ...] = ()
+        self.priority = 0
+        self._pools: dict[int, str] = {}
+        self._source = ""
+        self._programmed: tuple[bool, bool] = (False, False)
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.name} {self.id[:12]}>"
+
+    @property
+    def _ids(self) -> dict[str, str]:
+        return {"NetworkID": self.network.id, "EndpointID": self.id}
+
+    def _assign(self, wished: tuple[IPAddress, ...], mac: MacAddress | None, undo: ExitStack) -> None:
+        network, ipam, self.mac = self.network, self.network._ipam, mac
+        if ipam is None:
+            return
+        options: dict[str, str] = {}
+        if network._controller.engine.tells_names:
+            options[_NAME] = self.name
+        if ipam.capabilities.get("RequiresMACAddress"):
+            self.mac = self.mac or MacAddress.random()
+            options[_MAC_ADDRESS] = str(self.mac)
+        for version in (4, 6):
+            pools = [pool for pool in network._pools if pool.version == version]
+            wish = next((address for address in wished if address.version == version), None)
+            if not pools:
+                continue
+            fitting = [pool for pool in pools if wish is None or wish in pool.network]
+            if not fitting:
+                raise InvalidRequest(f"invalid address {wish}: It does not belong to any of this network's subnets")
+            for pool in fitting:
+                try:
+                    given = network._request_address(pool, wish, options)
+                except DriverError as error:
+                    if wish is not None or "no available addresses" not in str(error) or pool is fitting[-1]:
+                        raise
+                    continue
+                self.addresses[version], self._pools[version] = given, pool.id
+                undo.callback(self._release, version)
+                break
+
+    def _release(self, version: int) -> None:
+        ipam = self.network._ipam
+        if ipam is not None:
+            request = {"PoolID": self._pools[version], "Address": self.addresses[version].ip}
+            self.network._try(ipam, "ReleaseAddress", request)
+
+    def _create(self, options: Mapping[str, Any]) -> None:
+        asked = {
+            "Address": self.addresses.get(4, ""),
+            "AddressIPv6": self.addresses.get(6, ""),
+            "MacAddress": self.mac or "",
+        }
+        driver = self.network.driver
+        answer = driver.call("CreateEndpoint", {**self._ids, "Interface": asked, "Options": options})
+        given = answer.get("Interface") or {}
+        try:
+            for name, value in given.items():
+                if value and asked.get(name):
+                    what = "MAC address" if name == "MacAddress" else "address"
+                    raise InvalidRequest(f"driver modified interface {what}: endpoint interface {what} is set already")
+            for name, version in (("Address", 4), ("AddressIPv6", 6)):
+                if given.get(name):
+                    self.addresses[version] = ip_interface(given[name])
+            if given.get("MacAddress"):
+                self.mac = MacAddress(given["MacAddress"])
+        except (ValueError, InvalidRequest) as error:
+            self.network._try(driver, "DeleteEndpoint", self._ids)
+            raise InvalidRequest(f"{error}; rolled back") from None
+
+    def operational_info(self) -> dict[str, Any]:
+        """What the driver knows of it (``EndpointOperInfo``), as `docker inspect` asks."""
+        value: dict[str, Any] = self.network.driver.call("EndpointOperInfo", self._ids).get("Value") or {}
+        return value
+
+    # ------------------------------------------------------------------------------------------- join and leave
+
+    def join(self, sandbox: Sandbox, *, priority: int = 0) -> None:
+        """Connect the sandbox: the driver's ``Join``, the interface moved, and external connectivity.
+
+        Raises `Conflict` if it is in one, `PluginError` or `LinkError` if that cannot be done; it has left again then.
+        """
+        with sandbox._joining:
+            self._join(sandbox, priority)
+
+    def _join(self, sandbox: Sandbox, priority: int) -> None:
+        if self.sandbox is not None:
+            raise Conflict("another container is attached to the same network endpoint")
+        self.sandbox, self.priority = sandbox, priority
+        try:
+            request = {**self._ids, "SandboxKey": str(sandbox.key), "Options": sandbox._options}
+            answer = self.network.driver.call("Join", request)
+            with _rolled_back(partial(self.network._try, self.network.driver, "Leave", self._ids)):
+                self._read(answer)
+            before = sandbox.gateway_endpoints()
+            sandbox._add(self)
+            sandbox._populate(self, answer.get("InterfaceName") or {})
+            sandbox._update_external(self, before)
+        except BaseException:
+            if self.sandbox is not None:
+                self._leave(sandbox)
+            raise
+
+    def _read(self, answer: Mapping[str, Any]) -> None:
+        try:
+            texts = {4: answer.get("Gateway"), 6: answer.get("GatewayIPv6")}
+            self.gateways = {version: ip_address(text) for version, text in texts.items() if text}
+            self.routes = tuple(
+                Route(ip_network(route["Destination"]), ip_address(hop) if (hop := route.get("NextHop")) else None)
+                for route in answer.get("StaticRoutes") or ()
+            )
+        except ValueError as error:
+            raise InvalidRequest(f"the answer to Join cannot be used: {error}") from None
+        if 6 not in self.addresses:
+            self.gateways.pop(6, None)
+
+    def leave(self) -> None:
+        """Disconnect it from its sandbox. What the driver refuses is logged, as an engine does."""
+        sandbox = self.sandbox
+        if sandbox is None:
+            raise Conflict("cannot leave endpoint with no attached sandbox")
+        with sandbox._joining:
+            self._leave(sandbox)
+
+    def _leave(self, sandbox: Sandbox) -> None:
+        network, was_gateway = self.network, self in sandbox.gateway_endpoints()
+        self.sandbox = None
+        try:
+            self._program(None, None)
+        except DriverError as error:
+            _log.warning("driver failed revoking external connectivity on endpoint: %s", error)
+        network._try(network.driver, "Leave", self._ids)
+        sandbox._remove(self)
+        if was_gateway and not sandbox._deleting:
+            sandbox._set_gateways()
+            for endpoint in dict.fromkeys(filter(None, sandbox.gateway_endpoints())):
+                try:
+                    endpoint._program(*sandbox.gateway_endpoints())
+                except DriverError as error:
+                    _log.warning("%s", error)
+
+    def _program(self, four: Endpoint | None, six: Endpoint | None) -> None:
+        """Tell the driver whether it carries the sandbox's default routes. Raises `PluginError`."""
+        is_gateway = (self is four, self is six)
+        if is_gateway == self._programmed:
+            return
+        self._programmed = is_gateway
+        driver, engine = self.network.driver, self.network._controller.engine
+        with suppress(MethodNotSupported):
+            if not any(is_gateway):
+                driver.call("RevokeExternalConnectivity", self._ids)
+            elif not self.network.internal and self.sandbox is not None:
+                options = dict(self.sandbox._options)
+                if engine.checks_gateways:
+                    options[_NO_PROXY] = six is not None and six is not self
+                driver.call("ProgramExternalConnectivity", {**self._ids, "Options": options})
+
+    def delete(self) -> None:
+        """Delete it; it leaves its sandbox first. What the driver refuses is logged, as an engine does."""
+        if self.sandbox is not None:
+            self.leave()
+        network = self.network
+        network._try(network.driver, "DeleteEndpoint", self._ids)
+        for version in self._pools:
+            self._release(version)
+        with network._lock:
+            network.endpoints.pop(self.name, None)
+
+    @property
+    def _order(self) -> tuple[Any, ...]:
+        """Which endpoint of a sandbox carries its default routes: the first (moby ``Endpoint.Less``)."""
+        return -self.priority, self.network.internal, -len(self.gateways), self.network.name
+
+    def _static_routes(self) -> tuple[Route, ...]:
+        return tuple(replace(route, interface=self.interface) for route in self.routes)
+
+    def _has_route(self, version: int) -> bool:
+        return version in self.gateways or any(route.destination == DEFAULT[version] for route in self.routes)
+
+
+class Sandbox:
+    """A container's network namespace, with the endpoints that are in it."""
+
+    def __init__(
+        self, controller: NetworkController, name: str, ports: Sequence[PortMapping], exposed: Sequence[Port]
+    ) -> None:
+        self.id = secrets.token_hex(32)
+        self.name = name
+        self.key = controller.folder / "netns" / self.id[:12]
+        """The file that keeps the namespace, as drivers are told."""
+        self.namespace = Namespace.create(self.key)
+        self.endpoints: list[Endpoint] = []
+        """In the order of their gateways: the first that has one carries the default route."""
+        self._controller = controller
+        self._joining = threading.RLock()
+        published = (Port(mapping.protocol, mapping.container_port) for mapping in ports)
+        self._options: dict[str, Any] = {
+            _EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
+            _PORT_MAP: list(map(_port_to_wire, ports)),
+        }
+        self._deleting = False
+        self._default_routes: tuple[Route, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.name} {self.id[:12]}>"
+
+    def run(self, *command: str, timeout: float | None = None) -> str:
+        """What a program prints that runs in it. Raises `DriverError` with what it complains of, if it fails."""
+        return self.namespace.run(*command, timeout=timeout)
+
+    def connect(
+        self,
+        network: Network,
+        *,
+        addresses: Iterable[IPAddress] = (),
+        mac: MacAddress | None = None,
+        priority: int = 0,
+        options: Mapping[str, str] = {},
+    ) -> Endpoint:
+        """``docker network connect``; a container's start does the same for each of its networks.
+
+        Args:
+            addresses: ``--ip``, ``--ip6``.
+            mac: ``--mac-address``.
+            priority: ``gw-priority``: the endpoint with the highest carries the default route.
+            options: ``--driver-opt``.
+
+        Raises what `Network.create_endpoint` and `Endpoint.join` raise; nothing is left of it.
+        """
+        with self._joining:
+            is_published = [_PORT_MAP in endpoint.operational_info() for endpoint in self.endpoints]
+            told: dict[str, Any] = dict(options)
+            if not network.internal and not any(is_published):
+                told |= self._options
+            if mac is not None:
+                told[_MAC_ADDRESS] = b64encode(bytes.fromhex(mac.replace(":", ""))).decode()
+            endpoint = network.create_endpoint(self.name, addresses=addresses, mac=mac, options=told)
+            try:
+                endpoint.join(self, priority=priority)
+                if self._controller.engine.inspects_twice:
+                    endpoint.operational_info()
+                self._inspect()
+            except BaseException:
+                endpoint.delete()
+                raise
+            return endpoint
+
+    def disconnect(self, network: Network) -> None:
+        """``docker network disconnect``. Raises `NotFound` if it is not connected."""
+        with self._joining:
+            endpoint = next((endpoint for endpoint in self.endpoints if endpoint.network is network), None)
+            if endpoint is None:
+                raise NotFound(f"container {self.name} is not connected to network {network.name}")
+            endpoint.leave()
+            self._inspect()
+            endpoint.delete()
+
+    def _inspect(self) -> None:
+        for endpoint in self.endpoints:
+            endpoint.operational_info()
+
+    def delete(self) -> None:
+        """Leave and delete all endpoints, and remove the namespace, as when a container stops."""
+        with self._joining:
+            self._deleting = True
+            for endpoint in tuple(self.endpoints):
+                endpoint.delete()
+            self.namespace.remove()
+        with self._controller._lock:
+            self._controller.sandboxes.pop(self.name, None)
+
+    def gateway_endpoints(self) -> tuple[Endpoint | None, Endpoint | None]:
+        """Those that carry the default routes of IPv4 and IPv6."""
+        four, six = (next((ep for ep in self.endpoints if ep._has_route(version)), None) for version in (4, 6))
+        return four, six
+
+    def _add(self, endpoint: Endpoint) -> None:
+        self.endpoints.append(endpoint)
+        self.endpoints.sort(key=lambda endpoint: endpoint._order)
+
+    def _populate(self, endpoint: Endpoint, names: Mapping[str, str]) -> None:
+        """Move the endpoint's interface in, and set its routes."""
+        if source := names.get("SrcName"):
+            prefix, used = names.get("DstPrefix") or "eth", {ep.interface for ep in self.endpoints}
+            name = next(name for n in count() if (name := f"{prefix}{n}") not in used)
+            self.namespace.take(source, name, endpoint.addresses.values(), endpoint.mac)
+            endpoint.interface, endpoint._source = name, source
+            self.namespace.announce(name)
+        self.namespace.change_routes((), endpoint._static_routes())
+        if endpoint in self.gateway_endpoints():
+            self._set_gateways()
+
+    def _remove(self, endpoint: Endpoint) -> None:
+        if endpoint not in self.endpoints:
+            return
+        self.endpoints.remove(endpoint)
+        self.namespace.change_routes(endpoint._static_routes(), ())
+        if endpoint.interface is not None:
+            try:
+                self.namespace.give_back(endpoint.interface, endpoint._source)
+            except DriverError as error:
+                _log.debug("%s", error)  # a driver may delete its link when it leaves
+            endpoint.interface = None
+
+    def _set_gateways(self) -> None:
+        routes = tuple(
+            Route(DEFAULT[version], endpoint.gateways[version])
+            for version, endpoint in zip((4, 6), self.gateway_endpoints(), strict=True)
+            if endpoint is not None and version in endpoint.gateways
+        )
+        self.namespace.change_routes(self._default_routes, routes)
+        self._default_routes = routes
+
+    def _update_external(self, endpoint: Endpoint, before: tuple[Endpoint | None, Endpoint | None]) -> None:
+        """Tell the drivers who carries the default routes now."""
+        after = self.gateway_endpoints()
+        if endpoint in after:
+            for former in dict.fromkeys(filter(None, before)):
+                former._program(*after)
+        endpoint._program(*after)
+
+
+def _port_to_wire(mapping: PortMapping) -> dict[str, Any]:
+    return {
+        "Proto": mapping.protocol,
+        "IP": mapping.container_address or "",
+        "Port": mapping.container_port,
+        "HostIP": mapping.host_address or "",
+        "HostPort": mapping.host_port,
+        "HostPortEnd": mapping.host_port_end or mapping.host_port,
+    }
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DriverError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+@contextmanager
+def _rolled_back(undo: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except DriverError as error:
+        undo()
+        raise type(error)(f"{error}; rolled back") from error

@@ -1,0 +1,113 @@
+"""Drivers by their names: some in this process, the others found as an engine finds plugins."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+
+from netplugin_sdk import messages
+from netplugin_sdk.errors import DriverError, InvalidRequest, NotFound
+from netplugin_sdk.plugin import Plugin
+
+Kind: TypeAlias = Literal["NetworkDriver", "IpamDriver"]
+
+
+class PluginError(DriverError):
+    """A plugin refused; the text is what `docker` shows."""
+
+
+class MethodNotSupported(PluginError):
+    """It does not have the method (404)."""
+
+
+class Driver(Protocol):
+    """A plugin, asked as an engine asks it."""
+
+    def activate(self) -> frozenset[str]:
+        """The kinds of driver that it is."""
+
+    def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to, say, ``NetworkDriver.Join``. Raises `PluginError` if it is refused."""
+
+
+class InProcess:
+    """A plugin in this process: the same requests and answers as over a socket, byte for byte, without one."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self._plugin = plugin
+
+    def activate(self) -> frozenset[str]:
+        """The kinds of driver that it is."""
+        return frozenset(self.call("Plugin.Activate")["Implements"])
+
+    def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The answer. Raises `PluginError` if it is refused."""
+        body = b"" if content is None else messages.encode(content)
+        answer = self._plugin.handle(f"/{method}", body)
+        decoded: dict[str, Any] = msgspec.json.decode(answer.body)
+        if answer.status == 404:
+            raise MethodNotSupported(f"{method}: {decoded['Err']}")
+        if answer.status != 200:
+            raise PluginError(f"{method}: {decoded['Err']}")
+        return decoded
+
+
+@dataclass(frozen=True)
+class Known:
+    """A driver that the registry has, and what it has said of itself."""
+
+    name: str
+    driver: Driver
+    kind: Kind
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
+
+    def call(self, method: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a method of its kind, such as ``Join``. Raises `PluginError` if it is refused."""
+        return self.driver.call(f"{self.kind}.{method}", content)
+
+
+class Registry:
+    """Drivers by their names.
+
+    Args:
+        plugins: those in this process. They stay the caller's, who closes them.
+        find: finds any other by its name, or raises `NotFound`.
+    """
+
+    def __init__(self, plugins: Mapping[str, Plugin], find: Callable[[str], Driver]) -> None:
+        self._drivers: dict[str, Driver] = {name: InProcess(plugin) for name, plugin in plugins.items()}
+        self._find = find
+        self._known: dict[tuple[Kind, str], Known] = {}
+        self._lock = threading.Lock()
+
+    def network_driver(self, name: str) -> Known:
+        """The network driver of this name, activated. Raises `NotFound` if there is none."""
+        return self._get("NetworkDriver", name)
+
+    def ipam_driver(self, name: str) -> Known:
+        """The IPAM driver of this name, activated. Raises `NotFound` if there is none."""
+        return self._get("IpamDriver", name)
+
+    def _get(self, kind: Kind, name: str) -> Known:
+        with self._lock:
+            if (known := self._known.get((kind, name))) is None:
+                known = self._known[kind, name] = self._ask(kind, name)
+            return known
+
+    def _ask(self, kind: Kind, name: str) -> Known:
+        driver = self._drivers.get(name)
+        if driver is None:
+            driver = self._find(name)
+        if kind not in driver.activate():
+            raise NotFound(f"plugin {name!r} is found, and is no {kind}")
+        capabilities = dict(driver.call(f"{kind}.GetCapabilities"))
+        if kind == "IpamDriver":
+            capabilities |= driver.call("IpamDriver.GetDefaultAddressSpaces")
+        elif (scope := capabilities.get("Scope")) not in ("local", "global"):
+            raise InvalidRequest(f"invalid capability: expecting 'local' or 'global', got {scope}")
+        self._drivers[name] = driver
+        return Known(name, driver, kind, capabilities)

@@ -1,0 +1,277 @@
+"""Network namespaces: made, kept by a file, and configured as an engine configures a container's.
+
+Threads enter and leave them, never the process: what is said of "here" is the calling thread's namespace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
+from netplugin_sdk.errors import Conflict, DriverError, NotFound
+from netplugin_sdk.linux.links import LinkError
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_MS_BIND, _MNT_DETACH = 4096, 2  # sys/mount.h
+_IFA_F_NODAD = 0x02  # linux/if_addr.h
+_ARP, _NEIGHBOUR_ADVERTISEMENT = 0x0806, 136
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of a sandbox: to a network, `via` a next hop, or else on the link of `interface`."""
+
+    destination: IPNetwork
+    via: IPAddress | None = None
+    interface: str | None = None
+
+
+def unshare() -> None:
+    """Give this thread a network namespace of its own, for good. (os.unshare is new in Python 3.12.)"""
+    _check(_libc.unshare(_CLONE_NEWNET))
+
+
+def enter(path: Path | str) -> None:
+    """Put this thread into the namespace that the file keeps."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(fd, _CLONE_NEWNET))
+    finally:
+        os.close(fd)
+
+
+def _check(result: int) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class Namespace:
+    """The network namespace that a file keeps, such as a sandbox key of Docker's (``/run/docker/netns/…``)."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path | str) -> Namespace:
+        """A new one with its loopback up, kept by a new file. Raises `Conflict` if there is such a file."""
+        namespace = cls(path)
+        namespace.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            namespace.path.touch(mode=0o600, exist_ok=False)
+        except FileExistsError:
+            raise Conflict(f"{path} exists already") from None
+
+        def make() -> None:
+            unshare()
+            with IPRoute() as ipr:
+                ipr.link("set", index=1, state="up")
+            _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), None, _MS_BIND, None))
+
+        try:
+            _in_thread(make)
+        except BaseException:
+            namespace.path.unlink()
+            raise
+        return namespace
+
+    @property
+    def exists(self) -> bool:
+        """Whether the file keeps a namespace: after a reboot it is an empty file, or none."""
+        with suppress(OSError):
+            return self.path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+        return False
+
+    def remove(self) -> None:
+        """Remove the file, and with it the namespace, unless a process is in it. It may be gone already."""
+        _libc.umount2(os.fsencode(self.path), _MNT_DETACH)
+        self.path.unlink(missing_ok=True)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run it in a thread inside. A socket that it makes stays inside."""
+
+        def inside() -> T:
+            enter(self.path)
+            return function()
+
+        return _in_thread(inside)
+
+    def run(self, *command: str, timeout: float | None = None) -> str:
+        """What a program prints that runs inside. Raises `DriverError` with what it complains of, if it fails."""
+        whole = ["nsenter", f"--net={self.path}", "--", *command]
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=timeout, check=False)
+        if done.returncode:
+            raise DriverError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
+        return done.stdout
+
+    def take(self, link: str, name: str, addresses: Iterable[IPInterface], mac: str | None = None) -> None:
+        """Move a link from here inside, under another name, with its MAC address and addresses, and set it up.
+
+        If that fails it is moved back, under its own name. Raises `NotFound` if there is no such link here,
+        `LinkError` if the kernel refuses.
+        """
+        with self.path.open() as there, IPRoute() as here:
+            found = here.link_lookup(ifname=link)
+            if not found:
+                raise NotFound(f"there is no interface {link} to move into the sandbox")
+            with _refused(f"move interface {link} into the sandbox"):
+                here.link("set", index=found[0], net_ns_fd=there.fileno(), ifname=name)
+        try:
+            self.call(lambda: _configure(name, tuple(addresses), mac))
+        except BaseException:
+            with suppress(DriverError):
+                self.give_back(name, link)
+            raise
+
+    def give_back(self, name: str, link: str) -> bool:
+        """Move a link from inside to here, under its former name, without addresses. False if it is not there."""
+
+        def leave() -> bool:
+            with IPRoute() as ipr:
+                found = ipr.link_lookup(ifname=name)
+                if not found:
+                    return False
+                with _refused(f"move interface {name} out of the sandbox"):
+                    ipr.link("set", index=found[0], state="down")
+                    ipr.link("set", index=found[0], net_ns_fd=here, ifname=link)
+                return True
+
+        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return self.call(leave)
+        finally:
+            os.close(here)
+
+    def change_routes(self, remove: Iterable[Route], add: Iterable[Route]) -> None:
+        """Remove routes, as far as they are there, and add others. Raises `LinkError` if the kernel refuses."""
+        remove, add = tuple(remove), tuple(add)
+        if remove or add:
+            self.call(lambda: _change_routes(remove, add))
+
+    def announce(self, name: str) -> None:
+        """Tell the neighbours of an interface where its addresses are: gratuitous ARP, unsolicited advertisement.
+
+        So who knew another MAC address for one of them learns the new one (RFC 5227 section 3, RFC 4861 7.2.6).
+        """
+        self.call(lambda: _announce(name))
+
+
+def _in_thread(function: Callable[[], T]) -> T:
+    """A thread's namespace ends with it, so nobody else is in the wrong one by mistake."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="namespace")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (NetlinkError, OSError) as error:
+        raise LinkError(f"cannot {what}", error) from error
+
+
+def _configure(name: str, addresses: tuple[IPInterface, ...], mac: str | None) -> None:
+    with IPRoute() as ipr:
+        (index,) = ipr.link_lookup(ifname=name)
+        with _refused(f"set the MAC address of {name} to {mac}"):
+            if mac is not None:
+                ipr.link("set", index=index, address=mac)
+        for address in addresses:
+            with _refused(f"give {address} to {name}"):
+                nodad: dict[str, Any] = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
+                ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, **nodad)
+        with _refused(f"set {name} up"):
+            ipr.link("set", index=index, state="up")
+
+
+def _change_routes(remove: tuple[Route, ...], add: tuple[Route, ...]) -> None:
+    with IPRoute() as ipr:
+        for route in remove:
+            with suppress(NetlinkError, OSError, IndexError):  # it went with its interface
+                ipr.route("del", **_described(ipr, route))
+        for route in add:
+            via = f" via {route.via}" if route.via else ""
+            with _refused(f"add the route to {route.destination}{via}"):
+                ipr.route("add", **_described(ipr, route))
+
+
+def _described(ipr: Any, route: Route) -> dict[str, Any]:
+    described: dict[str, Any] = {"dst": str(route.destination), "family": _family(route.destination)}
+    if route.via is not None:
+        described["gateway"] = str(route.via)
+    if route.interface is not None:
+        described["oif"] = ipr.link_lookup(ifname=route.interface)[0]
+        if route.via is None:
+            described["scope"] = "link"
+    return described
+
+
+def _family(of: IPNetwork | IPAddress) -> int:
+    return socket.AF_INET if of.version == 4 else socket.AF_INET6
+
+
+DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
+"""The destination of a default route, by IP version."""
+
+
+def _announce(name: str) -> None:
+    with IPRoute() as ipr:
+        (index,) = ipr.link_lookup(ifname=name)
+        (link,) = ipr.link("get", index=index)
+        mac = bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", ""))
+        texts = [message.get_attr("IFA_ADDRESS") for message in ipr.get_addr(index=index)]
+    if len(mac) != 6:
+        return  # no Ethernet
+    for text in texts:
+        if ":" not in text:
+            _announce_ipv4(name, mac, socket.inet_aton(text))
+        elif not text.startswith("fe80:"):
+            _announce_ipv6(index, mac, text)
+
+
+def _announce_ipv4(name: str, mac: bytes, address: bytes) -> None:
+    hardware, protocol = 1, 0x0800
+    request = struct.pack("!HHBBH6s4s6s4s", hardware, protocol, 6, 4, 1, mac, address, bytes(6), address)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
+        packets.sendto(request, (name, _ARP, 0, 0, b"\xff" * 6))
+
+
+def _announce_ipv6(index: int, mac: bytes, address: str) -> None:
+    override, target_link_layer = 0x20000000, struct.pack("!BB6s", 2, 1, mac)
+    target = socket.inet_pton(socket.AF_INET6, address)
+    # The kernel fills in the checksum of ICMPv6 (RFC 3542).
+    message = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, override) + target + target_link_layer
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as packets:
+        packets.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        packets.bind((address, 0))
+        packets.sendto(message, ("ff02::1", 0, 0, index))
