@@ -18,19 +18,26 @@ import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import msgspec
+
+from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.cnm.registry import Driver, Known, MethodNotSupported, Registry
+from netplugin_sdk.database import Database, Folder
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
+from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.linux import links
 from netplugin_sdk.linux.namespaces import DEFAULT, Namespace, Route
 from netplugin_sdk.messages import Port, PortMapping
+from netplugin_sdk.options import from_text
 from netplugin_sdk.plugin import Plugin
 
 _log = logging.getLogger("netplugin_sdk")
@@ -42,6 +49,7 @@ _MAC_ADDRESS, _NAME = "com.docker.network.endpoint.macaddress", "com.docker.netw
 _NO_PROXY = "com.docker.network.driver.private.no_proxy_6to4"
 _GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
 _NULL = "null"  # the IPAM driver without addresses
+_MIGRATIONS = ("CREATE TABLE records (id TEXT PRIMARY KEY, kind TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID;",)
 
 
 @dataclass(frozen=True)
@@ -65,42 +73,42 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
-@dataclass(frozen=True)
-class Subnet:
+class Subnet(msgspec.Struct, frozen=True, kw_only=True):
     """What ``docker network create`` says of a subnet; what is None the IPAM driver chooses.
 
     `range` is ``--ip-range``, `auxiliary` is ``--aux-address``.
     """
 
+    version: int
+    """4 or 6."""
     network: IPNetwork | None = None
     range: IPNetwork | None = None
     gateway: IPAddress | None = None
-    auxiliary: Mapping[str, IPAddress] = field(default_factory=dict)
-    version: int = 4
-    """IP version, where there is no `network`."""
+    auxiliary: Mapping[str, IPAddress] = {}
 
     @classmethod
     def parse(cls, network: str, *, range: str = "", gateway: str = "", auxiliary: Mapping[str, str] = {}) -> Subnet:
         """Of texts. Raises ValueError."""
         subnet = ip_network(network)
         return cls(
-            subnet,
-            ip_network(range) if range else None,
-            ip_address(gateway) if gateway else None,
-            {name: ip_address(address) for name, address in auxiliary.items()},
-            subnet.version,
+            version=subnet.version,
+            network=subnet,
+            range=ip_network(range) if range else None,
+            gateway=ip_address(gateway) if gateway else None,
+            auxiliary={name: ip_address(address) for name, address in auxiliary.items()},
         )
 
 
-@dataclass
-class _Pool:
+class _Pool(msgspec.Struct):
     """A pool that a network has."""
 
     id: str
     network: IPNetwork
     version: int
+    subnet: Subnet
+    """As it was asked for."""
     gateway: IPInterface | None = None
-    auxiliary: dict[str, IPInterface] = field(default_factory=dict)
+    auxiliary: dict[str, IPInterface] = {}
 
     def to_wire(self, space: str) -> dict[str, Any]:
         wire: dict[str, Any] = {"AddressSpace": space, "Pool": self.network}
@@ -111,34 +119,54 @@ class _Pool:
         return wire
 
 
+def _nowhere(name: str) -> Driver:
+    raise NotFound(f"plugin {name!r} not found")
+
+
 class NetworkController:
     """Networks and sandboxes of a host, with drivers by their names. A context manager, which cleans up.
 
     Args:
         drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
             Without one of the name ``default``, networks have addresses from a `PoolIpamDriver` of the controller's.
-        find: finds every other driver by its name.
+        find: finds every other driver by its name; without it there is no other.
         engine: the version to speak like.
-        folder: for the files of sandboxes; None makes one and removes it.
+        folder: for what it must remember, and the files of sandboxes. A controller that is made with it again, by
+            this process or another, goes on where the last one ended, and asks drivers what an engine asks after its
+            start. None makes a folder, and with the controller's end everything is deleted.
+
+    Raises `Conflict` if another process holds the folder, `NotFound` if a driver of a network is not there any more.
     """
 
     def __init__(
         self,
         drivers: Mapping[str, Plugin],
         *,
-        find: Callable[[str], Driver],
+        find: Callable[[str], Driver] = _nowhere,
         engine: str = "28.5",
         folder: Path | None = None,
     ) -> None:
         self._closing = ExitStack()
+        self._passing = folder is None
         self.engine = ENGINES[engine]
         self.folder = folder or Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="cnm-")))
+        if "default" not in drivers:
+            drivers = {"default": self._closing.enter_context(Plugin(_default_ipam())), **drivers}
         self.registry = Registry(drivers, find)
         self.networks: dict[str, Network] = {}
         """By name."""
         self.sandboxes: dict[str, Sandbox] = {}
         """By name."""
         self._lock = threading.Lock()
+        try:
+            held = Folder(self.folder)
+            self._closing.callback(held.close)
+            self._database = Database(self.folder / "cnm.db", _MIGRATIONS)
+            self._closing.callback(self._database.close)
+            self._restore()
+        except BaseException:
+            self._closing.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -149,12 +177,57 @@ class NetworkController:
         self.close()
 
     def close(self) -> None:
-        """Delete all sandboxes and networks."""
+        """End. Sandboxes and networks stay, if there is a folder that remembers them; else they are deleted."""
         with self._closing:
-            for sandbox in tuple(self.sandboxes.values()):
-                sandbox.delete()
-            for network in tuple(self.networks.values()):
-                network.delete()
+            if self._passing:
+                self.cleanup()
+
+    def cleanup(self) -> None:
+        """Delete all sandboxes and networks."""
+        for sandbox in tuple(self.sandboxes.values()):
+            sandbox.delete()
+        for network in tuple(self.networks.values()):
+            network.delete()
+
+    # ------------------------------------------------------------------------------------------------- the disk
+
+    def _save(self, record: _Record) -> None:
+        values = (
+            record.id,
+            type(record).__name__,
+            messages.encode({name: getattr(record, name) for name in record.saved}),
+        )
+        with self._lock:
+            self._database.write("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", values)
+
+    def _forget(self, record: _Record) -> None:
+        with self._lock:
+            self._database.write("DELETE FROM records WHERE id = ?", (record.id,))
+
+    def _restore(self) -> None:
+        """Read what was there, and do what an engine does when it starts."""
+        rows: dict[str, dict[str, bytes]] = {"Network": {}, "Sandbox": {}, "Endpoint": {}}
+        for id_, kind, data in self._database.read("SELECT * FROM records"):
+            rows[kind][id_] = data
+        networks = {id_: Network._restored(self, id_, data) for id_, data in rows["Network"].items()}
+        sandboxes = {id_: Sandbox._restored(self, id_, data) for id_, data in rows["Sandbox"].items()}
+        self.networks = {network.name: network for network in networks.values()}
+        self.sandboxes = {box.name: box for box in sandboxes.values() if box.namespace.exists}
+        for id_, data in rows["Endpoint"].items():
+            endpoint = Endpoint._restored(id_, data, networks, sandboxes)
+            endpoint.network.endpoints[endpoint.name] = endpoint
+        for network in networks.values():
+            network._replay()
+        for network in networks.values():
+            for endpoint in tuple(network.endpoints.values()):
+                if endpoint.sandbox is None or not endpoint.sandbox.namespace.exists:  # as after a reboot
+                    _log.info("removing stale endpoint %s (%s)", endpoint.name, endpoint.id)
+                    endpoint.sandbox = None
+                    endpoint.delete()
+        for box in sandboxes.values():
+            if not box.namespace.exists:
+                box.key.unlink(missing_ok=True)
+                self._forget(box)
 
     def create_network(
         self,
@@ -181,10 +254,12 @@ class NetworkController:
         network = Network(self, name, driver, ipam, ipv6=ipv6, internal=internal, options=options)
         network._create(subnets, ipam_options)
         with self._lock:
-            if name in self.networks:  # made meanwhile
-                network._delete()
-                raise Conflict(f"network with name {name} already exists")
-            self.networks[name] = network
+            made_meanwhile = name in self.networks
+            self.networks.setdefault(name, network)
+        if made_meanwhile:
+            network._delete()
+            raise Conflict(f"network with name {name} already exists")
+        self._save(network)
         return network
 
     def create_sandbox(self, name: str, *, ports: Sequence[PortMapping] = (), exposed: Sequence[Port] = ()) -> Sandbox:
@@ -195,12 +270,45 @@ class NetworkController:
         with self._lock:
             if name in self.sandboxes:
                 raise Conflict(f"sandbox with name {name} already exists")
-            sandbox = self.sandboxes[name] = Sandbox(self, name, ports, exposed)
+            sandbox = self.sandboxes[name] = Sandbox(self, name)
+        sandbox._create(ports, exposed)
+        self._save(sandbox)
         return sandbox
 
 
-class Network:
+class _Record:
+    """What networks, endpoints and sandboxes share: an id, a name, and what of it is on disk."""
+
+    saved: ClassVar[Mapping[str, Any]]
+    """Attributes and their types."""
+
+    def __init__(self, name: str, id_: str | None = None) -> None:
+        self.id = id_ or secrets.token_hex(32)
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.id[:12]}>"
+
+    @classmethod
+    def _decode(cls, data: bytes) -> dict[str, Any]:
+        kept = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return {
+            name: msgspec.json.decode(kept[name], type=kind, dec_hook=from_text) for name, kind in cls.saved.items()
+        }
+
+
+class Network(_Record):
     """A network of a controller."""
+
+    saved: ClassVar = {
+        "name": str,
+        "internal": bool,
+        "ipv6": bool,
+        "_options": dict[str, str],
+        "_pools": list[_Pool],
+        "_ipam_options": dict[str, str],
+        "_drivers": tuple[str, str],
+    }
 
     def __init__(
         self,
@@ -209,23 +317,29 @@ class Network:
         driver: str,
         ipam: str,
         *,
-        ipv6: bool,
-        internal: bool,
-        options: Mapping[str, str],
+        ipv6: bool = False,
+        internal: bool = False,
+        options: Mapping[str, str] = {},
+        id_: str | None = None,
     ) -> None:
-        self.id = secrets.token_hex(32)
-        self.name, self.internal, self.ipv6 = name, internal, ipv6
+        super().__init__(name, id_)
+        self.internal, self.ipv6 = internal, ipv6
         self.endpoints: dict[str, Endpoint] = {}
         """By name."""
         self._controller = controller
+        self._drivers = driver, ipam
         self.driver = controller.registry.network_driver(driver)
         self._ipam = None if ipam == _NULL else controller.registry.ipam_driver(ipam)
-        self._options = dict(options)
+        self._options, self._ipam_options = dict(options), dict[str, str]()
         self._pools: list[_Pool] = []
         self._lock = threading.Lock()
 
-    def __repr__(self) -> str:
-        return f"<Network {self.name} {self.id[:12]}>"
+    @classmethod
+    def _restored(cls, controller: NetworkController, id_: str, data: bytes) -> Network:
+        kept = cls._decode(data)
+        network = cls(controller, kept["name"], *kept["_drivers"], id_=id_)
+        vars(network).update(kept)
+        return network
 
     @property
     def subnets(self) -> tuple[IPNetwork, ...]:
@@ -245,6 +359,7 @@ class Network:
             options[_ENABLE_IPV4] = True
         if self.internal:
             options[_INTERNAL] = True
+        self._ipam_options = dict(ipam_options)
         skips = self._skipped_gateways(options)
         wanted = [*subnets]
         for version in (4, 6) if self.ipv6 else (4,):
@@ -252,7 +367,7 @@ class Network:
                 wanted.append(Subnet(version=version))
         with ExitStack() as undo:
             for subnet in sorted(wanted, key=lambda subnet: subnet.version):
-                self._pools.append(self._allocate(subnet, ipam_options, skips, undo))
+                self._pools.append(self._allocate(subnet, skips, undo))
             data = {4: list[dict[str, Any]](), 6: list[dict[str, Any]]()}
             for pool in self._pools:
                 data[pool.version].append(pool.to_wire(self._space))
@@ -273,18 +388,11 @@ class Network:
         scope = str(self.driver.capabilities["Scope"]).capitalize()
         return str(self._ipam.capabilities[f"{scope}DefaultAddressSpace"])
 
-    def _allocate(self, subnet: Subnet, options: Mapping[str, str], skips: frozenset[int], undo: ExitStack) -> _Pool:
+    def _allocate(self, subnet: Subnet, skips: frozenset[int], undo: ExitStack) -> _Pool:
         if self._ipam is None:
-            return _Pool("", DEFAULT[subnet.version], subnet.version)
-        request = {
-            "AddressSpace": self._space,
-            "Pool": subnet.network or "",
-            "SubPool": subnet.range or "",
-            "Options": options,
-            "V6": subnet.version == 6,
-        }
-        answer = self._ipam.call("RequestPool", request)
-        pool = _Pool(answer["PoolID"], ip_network(answer["Pool"]), subnet.version)
+            return _Pool("", DEFAULT[subnet.version], subnet.version, subnet)
+        answer = self._request_pool(subnet, subnet.network)
+        pool = _Pool(answer["PoolID"], ip_network(answer["Pool"]), subnet.version, subnet)
         undo.callback(self._try, self._ipam, "ReleasePool", {"PoolID": pool.id})
         if subnet.gateway is None and _GATEWAY["RequestAddressType"] in (answer.get("Data") or {}):
             pool.gateway = ip_interface(answer["Data"][_GATEWAY["RequestAddressType"]])
@@ -299,6 +407,31 @@ class Network:
             with _explained(f"failed to allocate secondary ip address ({name}:{address})"):
                 pool.auxiliary[name] = self._request_address(pool, address, None)
         return pool
+
+    def _request_pool(self, subnet: Subnet, network: IPNetwork | None) -> dict[str, Any]:
+        assert self._ipam is not None
+        request = {
+            "AddressSpace": self._space,
+            "Pool": network or "",
+            "SubPool": subnet.range or "",
+            "Options": self._ipam_options,
+            "V6": subnet.version == 6,
+        }
+        return self._ipam.call("RequestPool", request)
+
+    def _replay(self) -> None:
+        """Ask again for what it has, if the IPAM driver wants that (``RequiresRequestReplay``)."""
+        if self._ipam is None or not self._ipam.capabilities.get("RequiresRequestReplay"):
+            return
+        for pool in self._pools:
+            pool.id = self._request_pool(pool.subnet, pool.network)["PoolID"]
+            if pool.gateway is not None:
+                self._request_address(pool, pool.gateway.ip, _GATEWAY)
+            for address in pool.auxiliary.values():
+                self._request_address(pool, address.ip, None)
+            for endpoint in self.endpoints.values():
+                if pool.version in endpoint.addresses and endpoint.addresses[pool.version].ip in pool.network:
+                    self._request_address(pool, endpoint.addresses[pool.version].ip, None)
 
     def _request_address(
         self, pool: _Pool, address: IPAddress | None, options: Mapping[str, str] | None
@@ -316,6 +449,7 @@ class Network:
             active = " ".join(f'name:"{name}" id:"{ep.id[:12]}"' for name, ep in sorted(self.endpoints.items()))
             raise Conflict(f"network {self.name} has active endpoints ({active})")
         self._delete()
+        self._controller._forget(self)
         with self._controller._lock:
             del self._controller.networks[self.name]
 
@@ -366,15 +500,30 @@ class Network:
             undo.pop_all()
         with self._lock:
             self.endpoints[name] = endpoint
+        self._controller._save(endpoint)
         return endpoint
 
 
-class Endpoint:
+class Endpoint(_Record):
     """A container's attachment to a network."""
 
-    def __init__(self, network: Network, name: str) -> None:
-        self.id = secrets.token_hex(32)
-        self.network, self.name = network, name
+    saved: ClassVar = {
+        "name": str,
+        "addresses": dict[int, IPInterface],
+        "mac": MacAddress | None,
+        "interface": str | None,
+        "gateways": dict[int, IPAddress],
+        "routes": tuple[Route, ...],
+        "priority": int,
+        "_pools": dict[int, str],
+        "_source": str,
+        "_programmed": tuple[bool, bool],
+        "_places": tuple[str, str | None],
+    }
+
+    def __init__(self, network: Network, name: str, id_: str | None = None) -> None:
+        super().__init__(name, id_)
+        self.network = network
         self.addresses: dict[int, IPInterface] = {}
         """By IP version."""
         self.mac: MacAddress | None = None
@@ -389,8 +538,23 @@ class Endpoint:
         self._source = ""
         self._programmed: tuple[bool, bool] = (False, False)
 
-    def __repr__(self) -> str:
-        return f"<Endpoint {self.name} {self.id[:12]}>"
+    @classmethod
+    def _restored(
+        cls, id_: str, data: bytes, networks: Mapping[str, Network], sandboxes: Mapping[str, Sandbox]
+    ) -> Endpoint:
+        kept = cls._decode(data)
+        network, sandbox = kept.pop("_places")
+        endpoint = cls(networks[network], kept["name"], id_)
+        vars(endpoint).update(kept)
+        endpoint.sandbox = sandboxes.get(sandbox)
+        if endpoint.sandbox is not None:
+            endpoint.sandbox._add(endpoint)
+        return endpoint
+
+    @property
+    def _places(self) -> tuple[str, str | None]:
+        """Of the network and the sandbox: their ids."""
+        return self.network.id, None if self.sandbox is None else self.sandbox.id
 
     @property
     def _ids(self) -> dict[str, str]:
@@ -482,6 +646,7 @@ class Endpoint:
             sandbox._add(self)
             sandbox._populate(self, answer.get("InterfaceName") or {})
             sandbox._update_external(self, before)
+            self.network._controller._save(self)
         except BaseException:
             if self.sandbox is not None:
                 self._leave(sandbox)
@@ -517,6 +682,7 @@ class Endpoint:
             _log.warning("driver failed revoking external connectivity on endpoint: %s", error)
         network._try(network.driver, "Leave", self._ids)
         sandbox._remove(self)
+        network._controller._save(self)
         if was_gateway and not sandbox._deleting:
             sandbox._set_gateways()
             for endpoint in dict.fromkeys(filter(None, sandbox.gateway_endpoints())):
@@ -549,6 +715,7 @@ class Endpoint:
         network._try(network.driver, "DeleteEndpoint", self._ids)
         for version in self._pools:
             self._release(version)
+        network._controller._forget(self)
         with network._lock:
             network.endpoints.pop(self.name, None)
 
@@ -564,31 +731,38 @@ class Endpoint:
         return version in self.gateways or any(route.destination == DEFAULT[version] for route in self.routes)
 
 
-class Sandbox:
+class Sandbox(_Record):
     """A container's network namespace, with the endpoints that are in it."""
 
-    def __init__(
-        self, controller: NetworkController, name: str, ports: Sequence[PortMapping], exposed: Sequence[Port]
-    ) -> None:
-        self.id = secrets.token_hex(32)
-        self.name = name
+    saved: ClassVar = {"name": str, "_options": dict[str, Any], "_default_routes": tuple[Route, ...]}
+
+    def __init__(self, controller: NetworkController, name: str, id_: str | None = None) -> None:
+        super().__init__(name, id_)
         self.key = controller.folder / "netns" / self.id[:12]
         """The file that keeps the namespace, as drivers are told."""
-        self.namespace = Namespace.create(self.key)
+        self.namespace = Namespace(self.key)
         self.endpoints: list[Endpoint] = []
         """In the order of their gateways: the first that has one carries the default route."""
         self._controller = controller
         self._joining = threading.RLock()
-        published = (Port(mapping.protocol, mapping.container_port) for mapping in ports)
-        self._options: dict[str, Any] = {
-            _EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
-            _PORT_MAP: list(map(_port_to_wire, ports)),
-        }
+        self._options: dict[str, Any] = {}
         self._deleting = False
         self._default_routes: tuple[Route, ...] = ()
 
-    def __repr__(self) -> str:
-        return f"<Sandbox {self.name} {self.id[:12]}>"
+    @classmethod
+    def _restored(cls, controller: NetworkController, id_: str, data: bytes) -> Sandbox:
+        kept = cls._decode(data)
+        sandbox = cls(controller, kept["name"], id_)
+        vars(sandbox).update(kept)
+        return sandbox
+
+    def _create(self, ports: Sequence[PortMapping], exposed: Sequence[Port]) -> None:
+        published = (Port(mapping.protocol, mapping.container_port) for mapping in ports)
+        self._options = {
+            _EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
+            _PORT_MAP: list(map(_port_to_wire, ports)),
+        }
+        Namespace.create(self.key)
 
     def run(self, *command: str, timeout: float | None = None) -> str:
         """What a program prints that runs in it. Raises `DriverError` with what it complains of, if it fails."""
@@ -652,6 +826,7 @@ class Sandbox:
             for endpoint in tuple(self.endpoints):
                 endpoint.delete()
             self.namespace.remove()
+        self._controller._forget(self)
         with self._controller._lock:
             self._controller.sandboxes.pop(self.name, None)
 
@@ -696,6 +871,7 @@ class Sandbox:
         )
         self.namespace.change_routes(self._default_routes, routes)
         self._default_routes = routes
+        self._controller._save(self)
 
     def _update_external(self, endpoint: Endpoint, before: tuple[Endpoint | None, Endpoint | None]) -> None:
         """Tell the drivers who carries the default routes now."""
@@ -704,6 +880,13 @@ class Sandbox:
             for former in dict.fromkeys(filter(None, before)):
                 former._program(*after)
         endpoint._program(*after)
+
+
+def _default_ipam() -> PoolIpamDriver:
+    """Docker's own wants no MAC addresses, so drivers choose them."""
+    driver = PoolIpamDriver(occupied=links.occupied)
+    driver.requires_mac_address = False
+    return driver
 
 
 def _port_to_wire(mapping: PortMapping) -> dict[str, Any]:
