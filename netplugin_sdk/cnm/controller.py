@@ -19,7 +19,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import count
 from pathlib import Path
@@ -640,13 +639,15 @@ class Endpoint(_Record):
         try:
             request = {**self._ids, "SandboxKey": str(sandbox.key), "Options": sandbox._options}
             answer = self.network.driver.call("Join", request)
-            with _rolled_back(partial(self.network._try, self.network.driver, "Leave", self._ids)):
+            with ExitStack() as undo:  # once more below, as libnetwork does
+                undo.callback(self.network._try, self.network.driver, "Leave", self._ids)
                 self._read(answer)
-            before = sandbox.gateway_endpoints()
-            sandbox._add(self)
-            sandbox._populate(self, answer.get("InterfaceName") or {})
-            sandbox._update_external(self, before)
-            self.network._controller._save(self)
+                before = sandbox.gateway_endpoints()
+                sandbox._add(self)
+                sandbox._populate(self, answer.get("InterfaceName") or {})
+                sandbox._update_external(self, before)
+                self.network._controller._save(self)
+                undo.pop_all()
         except BaseException:
             if self.sandbox is not None:
                 self._leave(sandbox)
@@ -661,7 +662,7 @@ class Endpoint(_Record):
                 for route in answer.get("StaticRoutes") or ()
             )
         except ValueError as error:
-            raise InvalidRequest(f"the answer to Join cannot be used: {error}") from None
+            raise InvalidRequest(f"the answer to Join cannot be used: {error}; rolled back") from None
         if 6 not in self.addresses:
             self.gateways.pop(6, None)
 
@@ -906,12 +907,3 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except DriverError as error:
         raise type(error)(f"{what}: {error}") from error
-
-
-@contextmanager
-def _rolled_back(undo: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except DriverError as error:
-        undo()
-        raise type(error)(f"{error}; rolled back") from error
