@@ -766,8 +766,23 @@ class Sandbox(_Record):
         Namespace.create(self.key)
 
     def run(self, *command: str, timeout: float | None = None) -> str:
-        """What a program prints that runs in it. Raises `DriverError` with what it complains of, if it fails."""
-        return self.namespace.run(*command, timeout=timeout)
+        """What a program prints that runs in it, and finds the names of its neighbours in ``/etc/hosts``.
+
+        Raises `DriverError` with what it complains of, if it fails.
+        """
+        hosts = self.key.with_suffix(".hosts")
+        lines = [f"{address}\t{name}\n" for name, addresses in self.neighbours().items() for address in addresses]
+        hosts.write_text("".join(["127.0.0.1\tlocalhost\n::1\tlocalhost\n", *lines]))
+        return self.namespace.run(*command, hosts=hosts, timeout=timeout)
+
+    def neighbours(self) -> dict[str, list[IPAddress]]:
+        """The names on its networks, its own among them, and their addresses."""
+        found: dict[str, list[IPAddress]] = {}
+        for mine in self.endpoints:
+            for endpoint in mine.network.endpoints.values():
+                if endpoint.sandbox is not None:
+                    found.setdefault(endpoint.name, []).extend(address.ip for address in endpoint.addresses.values())
+        return found
 
     def connect(
         self,
@@ -827,6 +842,7 @@ class Sandbox(_Record):
             for endpoint in tuple(self.endpoints):
                 endpoint.delete()
             self.namespace.remove()
+            self.key.with_suffix(".hosts").unlink(missing_ok=True)
         self._controller._forget(self)
         with self._controller._lock:
             self._controller.sandboxes.pop(self.name, None)

@@ -113,10 +113,15 @@ class Namespace:
 
         return _in_thread(inside)
 
-    def run(self, *command: str, timeout: float | None = None) -> str:
-        """What a program prints that runs inside. Raises `DriverError` with what it complains of, if it fails."""
-        whole = ["nsenter", f"--net={self.path}", "--", *command]
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=timeout, check=False)
+    def run(self, *command: str, hosts: Path | None = None, timeout: float | None = None) -> str:
+        """What a program prints that runs inside, with `hosts` as its ``/etc/hosts``.
+
+        Raises `DriverError` with what it complains of, if it fails.
+        """
+        enter = ["nsenter", f"--net={self.path}", "--"]
+        if hosts is not None:
+            enter += ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
+        done = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=timeout, check=False)
         if done.returncode:
             raise DriverError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
         return done.stdout

@@ -87,8 +87,12 @@ def test_two_sandboxes_reach_each_other(controller: NetworkController) -> None:
     assert pings(two, "10.1.0.1")
     assert one.run("ip", "route", "show", "default").startswith("default via 10.1.0.1 dev eth0")
     assert one.run("ip", "-6", "route", "show", "default").startswith("default via fd00:1::1 dev eth0")
+    assert "from two (fd00:1::3)" in one.run("ping", "-c1", "-W1", "two")
+    assert one.run("getent", "ahosts", "one").startswith("fd00:1::2")
     two.disconnect(network)
     assert "eth0" not in two.run("ip", "link")
+    with pytest.raises(DriverError, match="two: Name or service not known"):
+        one.run("ping", "-c1", "two")
     assert not pings(one, "10.1.0.9")
     assert list(network.endpoints) == ["one"]
 
