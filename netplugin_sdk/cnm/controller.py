@@ -29,8 +29,10 @@ import msgspec
 
 from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
-from netplugin_sdk.cnm.registry import Driver, Known, MethodNotSupported, Registry
+from netplugin_sdk.cnm.drivers import NullDriver, installed
+from netplugin_sdk.cnm.registry import Driver, InProcess, Known, MethodNotSupported, Registry
 from netplugin_sdk.database import Database, Folder
+from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import links
@@ -47,6 +49,7 @@ _EXPOSED_PORTS, _PORT_MAP = "com.docker.network.endpoint.exposedports", "com.doc
 _MAC_ADDRESS, _NAME = "com.docker.network.endpoint.macaddress", "com.docker.network.endpoint.name"
 _NO_PROXY = "com.docker.network.driver.private.no_proxy_6to4"
 _GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+_SPECIAL = ("host", "null")  # networks without addresses, of which there is one
 _NULL = "null"  # the IPAM driver without addresses
 _MIGRATIONS = ("CREATE TABLE records (id TEXT PRIMARY KEY, kind TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID;",)
 
@@ -127,7 +130,8 @@ class NetworkController:
 
     Args:
         drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
-            Without one of the name ``default``, networks have addresses from a `PoolIpamDriver` of the controller's.
+            Beside them there are ``null`` and ``host``, those of packages that are installed (`drivers.GROUP`), and the
+            IPAM driver ``default``, a `PoolIpamDriver`.
         find: finds every other driver by its name; without it there is no other.
         engine: the version to speak like.
         folder: for what it must remember, and the files of sandboxes. A controller that is made with it again, by
@@ -139,7 +143,7 @@ class NetworkController:
 
     def __init__(
         self,
-        drivers: Mapping[str, Plugin],
+        drivers: Mapping[str, Plugin] = {},
         *,
         find: Callable[[str], Driver] = _nowhere,
         engine: str = "28.5",
@@ -149,9 +153,7 @@ class NetworkController:
         self._passing = folder is None
         self.engine = ENGINES[engine]
         self.folder = folder or Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="cnm-")))
-        if "default" not in drivers:
-            drivers = {"default": self._closing.enter_context(Plugin(_default_ipam())), **drivers}
-        self.registry = Registry(drivers, find)
+        self.registry = Registry(drivers, lambda name: self._in_process(name) or find(name))
         self.networks: dict[str, Network] = {}
         """By name."""
         self.sandboxes: dict[str, Sandbox] = {}
@@ -187,6 +189,19 @@ class NetworkController:
             sandbox.delete()
         for network in tuple(self.networks.values()):
             network.delete()
+
+    def _in_process(self, name: str) -> Driver | None:
+        """A driver of the controller's own, or of a package that is installed, with a memory in its folder."""
+        driver: NetworkDriver[Any] | IpamDriver | None
+        if name in _SPECIAL:
+            driver = NullDriver()
+        elif name == "default":
+            driver = _default_ipam()
+        else:
+            driver = installed(name)
+        if driver is None:
+            return None
+        return InProcess(self._closing.enter_context(Plugin(driver, state=self.folder / "drivers" / name)))
 
     # ------------------------------------------------------------------------------------------------- the disk
 
@@ -250,6 +265,10 @@ class NetworkController:
         with self._lock:
             if name in self.networks:
                 raise Conflict(f"network with name {name} already exists")
+            if driver in _SPECIAL and any(network.driver.name == driver for network in self.networks.values()):
+                raise Conflict(f'only one instance of "{driver}" network is allowed')
+        if driver in _SPECIAL:
+            ipam = _NULL
         network = Network(self, name, driver, ipam, ipv6=ipv6, internal=internal, options=options)
         network._create(subnets, ipam_options)
         with self._lock:
@@ -261,8 +280,12 @@ class NetworkController:
         self._save(network)
         return network
 
-    def create_sandbox(self, name: str, *, ports: Sequence[PortMapping] = (), exposed: Sequence[Port] = ()) -> Sandbox:
+    def create_sandbox(
+        self, name: str, *, ports: Sequence[PortMapping] = (), exposed: Sequence[Port] = (), host: bool = False
+    ) -> Sandbox:
         """A network namespace, as a container has. `ports` are ``-p``, `exposed` is ``--expose``.
+
+        With `host` it is the calling thread's own, as with ``docker run --network host``.
 
         Raises `Conflict` if there is one of this name.
         """
@@ -270,7 +293,7 @@ class NetworkController:
             if name in self.sandboxes:
                 raise Conflict(f"sandbox with name {name} already exists")
             sandbox = self.sandboxes[name] = Sandbox(self, name)
-        sandbox._create(ports, exposed)
+        sandbox._create(ports, exposed, host)
         self._save(sandbox)
         return sandbox
 
@@ -735,7 +758,7 @@ class Endpoint(_Record):
 class Sandbox(_Record):
     """A container's network namespace, with the endpoints that are in it."""
 
-    saved: ClassVar = {"name": str, "_options": dict[str, Any], "_default_routes": tuple[Route, ...]}
+    saved: ClassVar = {"name": str, "_is_host": bool, "_options": dict[str, Any], "_default_routes": tuple[Route, ...]}
 
     def __init__(self, controller: NetworkController, name: str, id_: str | None = None) -> None:
         super().__init__(name, id_)
@@ -747,7 +770,7 @@ class Sandbox(_Record):
         self._controller = controller
         self._joining = threading.RLock()
         self._options: dict[str, Any] = {}
-        self._deleting = False
+        self._is_host = self._deleting = False
         self._default_routes: tuple[Route, ...] = ()
 
     @classmethod
@@ -757,13 +780,14 @@ class Sandbox(_Record):
         vars(sandbox).update(kept)
         return sandbox
 
-    def _create(self, ports: Sequence[PortMapping], exposed: Sequence[Port]) -> None:
+    def _create(self, ports: Sequence[PortMapping], exposed: Sequence[Port], host: bool) -> None:
         published = (Port(mapping.protocol, mapping.container_port) for mapping in ports)
         self._options = {
             _EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
             _PORT_MAP: list(map(_port_to_wire, ports)),
         }
-        Namespace.create(self.key)
+        Namespace.create(self.key, fresh=not host)
+        self._is_host = host
 
     def run(self, *command: str, timeout: float | None = None) -> str:
         """What a program prints that runs in it, and finds the names of its neighbours in ``/etc/hosts``.
@@ -803,6 +827,8 @@ class Sandbox(_Record):
 
         Raises what `Network.create_endpoint` and `Endpoint.join` raise; nothing is left of it.
         """
+        if self._is_host is not (network.driver.name == "host"):
+            raise InvalidRequest("container cannot be disconnected from host network or connected to host network")
         with self._joining:
             is_published = [_PORT_MAP in endpoint.operational_info() for endpoint in self.endpoints]
             told: dict[str, Any] = dict(options)

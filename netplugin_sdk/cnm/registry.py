@@ -99,9 +99,7 @@ class Registry:
             return known
 
     def _ask(self, kind: Kind, name: str) -> Known:
-        driver = self._drivers.get(name)
-        if driver is None:
-            driver = self._find(name)
+        driver = self._drivers.get(name) or self._find(name)
         if kind not in driver.activate():
             raise NotFound(f"plugin {name!r} is found, and is no {kind}")
         capabilities = dict(driver.call(f"{kind}.GetCapabilities"))

@@ -70,8 +70,11 @@ class Namespace:
         self.path = Path(path)
 
     @classmethod
-    def create(cls, path: Path | str) -> Namespace:
-        """A new one with its loopback up, kept by a new file. Raises `Conflict` if there is such a file."""
+    def create(cls, path: Path | str, *, fresh: bool = True) -> Namespace:
+        """A new one with its loopback up, kept by a new file; else that of the calling thread.
+
+        Raises `Conflict` if there is such a file.
+        """
         namespace = cls(path)
         namespace.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -80,9 +83,10 @@ class Namespace:
             raise Conflict(f"{path} exists already") from None
 
         def make() -> None:
-            unshare()
-            with IPRoute() as ipr:
-                ipr.link("set", index=1, state="up")
+            if fresh:
+                unshare()
+                with IPRoute() as ipr:
+                    ipr.link("set", index=1, state="up")
             _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), None, _MS_BIND, None))
 
         try:

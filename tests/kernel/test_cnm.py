@@ -91,7 +91,7 @@ def test_two_sandboxes_reach_each_other(controller: NetworkController) -> None:
     assert one.run("getent", "ahosts", "one").startswith("fd00:1::2")
     two.disconnect(network)
     assert "eth0" not in two.run("ip", "link")
-    with pytest.raises(DriverError, match="two: Name or service not known"):
+    with pytest.raises(DriverError, match="ping: two: "):
         one.run("ping", "-c1", "two")
     assert not pings(one, "10.1.0.9")
     assert list(network.endpoints) == ["one"]
@@ -115,6 +115,40 @@ def test_addresses_without_ipam(controller: NetworkController) -> None:
     endpoint = controller.create_sandbox("one").connect(network)
     assert endpoint.addresses == {}
     assert endpoint.interface == "eth0"
+
+
+def test_the_drivers_that_are_there(controller: NetworkController) -> None:
+    """None, the host's, and that of an installed package."""
+    none, host_network = controller.create_network("none", "null"), controller.create_network("host", "host")
+    for driver in ("null", "host"):
+        with pytest.raises(Conflict, match=f'only one instance of "{driver}" network is allowed'):
+            controller.create_network("again", driver)
+    box = controller.create_sandbox("box")
+    box.connect(none)
+    assert [link["ifname"] for link in json.loads(box.run("ip", "-json", "link"))] == ["lo"]
+    with pytest.raises(InvalidRequest, match="connected to host network"):
+        box.connect(host_network)
+    open_box = controller.create_sandbox("open", host=True)
+    open_box.connect(host_network)
+    assert open_box.run("readlink", "/proc/self/ns/net") == run("readlink", "/proc/thread-self/ns/net")
+    with pytest.raises(InvalidRequest, match="disconnected from host network"):
+        open_box.connect(none)
+
+
+@pytest.mark.usefixtures("iptables")
+def test_a_driver_of_an_installed_package(tmp_path: Path) -> None:
+    """It remembers in the controller's folder."""
+    for turn in ("create", "use"):
+        with NetworkController(folder=tmp_path) as controller:
+            if turn == "create":
+                controller.create_network("lan", "bridge", subnets=[LAN])
+                continue
+            one, _ = two(controller, controller.networks["lan"])
+            assert pings(one, "10.1.0.3")
+            controller.cleanup()
+    ports.close()
+    firewall.close()
+    links.close()
 
 
 # Gateways
