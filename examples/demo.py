@@ -1,9 +1,10 @@
 """What `make demo` runs: a real Docker Engine uses myplugin, command by command, with what each prints.
 
-    python examples/demo.py [--engine 26.1|20.10|28.5|host]
+    python examples/demo.py [--engine 26.1|20.10|28.5|host|none]
 
 With a version, a private engine of that version is started in namespaces of its own and ended again; nothing of this
 machine is changed. With `host`, the Docker of this machine is used: the plugin runs here, and what was made is removed.
+With `none` there is no Docker: the SDK's own network controller asks the plugin what Docker would ask it.
 """
 
 from __future__ import annotations
@@ -168,6 +169,16 @@ def on_host() -> None:
         demonstrate(shell, PREFIX, "127.0.0.1:18080", inbound, outbound)
 
 
+def without_docker() -> None:
+    """The demo with a controller, in network and mount namespaces of its own."""
+    if os.geteuid() != 0:
+        raise Stopped("network namespaces need root: run this as root")
+    program = Path(__file__).with_name("without_docker.py")
+    done = subprocess.run(["unshare", "--net", "--mount", sys.executable, program], check=False)
+    if done.returncode != 0:
+        raise Stopped(f"{program.name} ended with status {done.returncode}")
+
+
 @contextlib.contextmanager
 def host_plugin() -> Iterator[None]:
     """myplugin on this machine."""
@@ -201,12 +212,16 @@ def removed_afterwards(run: Callable[[list[str]], subprocess.CompletedProcess[st
 def main() -> int:
     """Run the demo; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="26.1", choices=[*VERSIONS, "host"], help="which Docker (default: 26.1)")
+    parser.add_argument(
+        "--engine", default="26.1", choices=[*VERSIONS, "host", "none"], help="which Docker (default: 26.1)"
+    )
     engine = parser.parse_args().engine
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if engine == "host":
             on_host()
+        elif engine == "none":
+            without_docker()
         else:
             on_private_engine(engine)
     except (Stopped, EngineError, EngineUnavailable, TimeoutError) as error:

@@ -1,1 +1,27 @@
-"""Docker's side of the contract: the Container Network Model."""
+"""Docker's side of the contract, without Docker: the Container Network Model.
+
+    with NetworkController() as controller:
+        lan = controller.create_network("lan", "myplugin", subnets=[Subnet.parse("10.1.0.0/24")])
+        one, two = controller.create_sandbox("one"), controller.create_sandbox("two")
+        one.connect(lan)
+        two.connect(lan)
+        print(one.run("ping", "-c1", "two"))
+
+A plugin is asked request for request what an engine would ask it. It needs root; what it makes it makes in the network
+namespace of the calling thread, and its end removes it.
+"""
+
+from netplugin_sdk.cnm.controller import ENGINES, Endpoint, Network, NetworkController, Sandbox, Subnet
+from netplugin_sdk.cnm.remote import MethodNotSupported, RemoteError, RemotePlugin
+
+__all__ = [
+    "ENGINES",
+    "Endpoint",
+    "MethodNotSupported",
+    "Network",
+    "NetworkController",
+    "RemoteError",
+    "RemotePlugin",
+    "Sandbox",
+    "Subnet",
+]

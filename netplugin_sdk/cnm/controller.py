@@ -29,8 +29,10 @@ import msgspec
 
 from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
+from netplugin_sdk.cnm import remote
 from netplugin_sdk.cnm.drivers import NullDriver, installed
-from netplugin_sdk.cnm.registry import Driver, InProcess, Known, MethodNotSupported, Registry
+from netplugin_sdk.cnm.registry import Driver, InProcess, Known, Registry
+from netplugin_sdk.cnm.remote import MethodNotSupported, RemotePlugin
 from netplugin_sdk.database import Database, Folder
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
@@ -121,8 +123,8 @@ class _Pool(msgspec.Struct):
         return wire
 
 
-def _nowhere(name: str) -> Driver:
-    raise NotFound(f"plugin {name!r} not found")
+def _remote(name: str) -> Driver:
+    return RemotePlugin(remote.find(name))
 
 
 class NetworkController:
@@ -132,7 +134,7 @@ class NetworkController:
         drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
             Beside them there are ``null`` and ``host``, those of packages that are installed (`drivers.GROUP`), and the
             IPAM driver ``default``, a `PoolIpamDriver`.
-        find: finds every other driver by its name; without it there is no other.
+        find: finds every other driver by its name; by default as an engine finds plugins.
         engine: the version to speak like.
         folder: for what it must remember, and the files of sandboxes. A controller that is made with it again, by
             this process or another, goes on where the last one ended, and asks drivers what an engine asks after its
@@ -145,7 +147,7 @@ class NetworkController:
         self,
         drivers: Mapping[str, Plugin] = {},
         *,
-        find: Callable[[str], Driver] = _nowhere,
+        find: Callable[[str], Driver] = _remote,
         engine: str = "28.5",
         folder: Path | None = None,
     ) -> None:
@@ -260,7 +262,7 @@ class NetworkController:
         Raises:
             Conflict: there is one of this name.
             NotFound: there is no such driver.
-            PluginError: a driver refused; nothing is left of it.
+            RemoteError: a driver refused; nothing is left of it.
         """
         with self._lock:
             if name in self.networks:
@@ -465,7 +467,7 @@ class Network(_Record):
     def delete(self) -> None:
         """``docker network rm``.
 
-        Raises `Conflict` if it has endpoints, `PluginError` if the driver refuses; then it is still there.
+        Raises `Conflict` if it has endpoints, `RemoteError` if the driver refuses; then it is still there.
         """
         if self.endpoints:
             active = " ".join(f'name:"{name}" id:"{ep.id[:12]}"' for name, ep in sorted(self.endpoints.items()))
@@ -510,7 +512,7 @@ class Network(_Record):
 
         Raises:
             Conflict: there is one of this name.
-            PluginError: a driver refused; nothing is left of it.
+            RemoteError: a driver refused; nothing is left of it.
         """
         with self._lock:
             if name in self.endpoints:
@@ -650,7 +652,7 @@ class Endpoint(_Record):
     def join(self, sandbox: Sandbox, *, priority: int = 0) -> None:
         """Connect the sandbox: the driver's ``Join``, the interface moved, and external connectivity.
 
-        Raises `Conflict` if it is in one, `PluginError` or `LinkError` if that cannot be done; it has left again then.
+        Raises `Conflict` if it is in one, `RemoteError` or `LinkError` if that cannot be done; it has left again then.
         """
         with sandbox._joining:
             self._join(sandbox, priority)
@@ -716,7 +718,7 @@ class Endpoint(_Record):
                     _log.warning("%s", error)
 
     def _program(self, four: Endpoint | None, six: Endpoint | None) -> None:
-        """Tell the driver whether it carries the sandbox's default routes. Raises `PluginError`."""
+        """Tell the driver whether it carries the sandbox's default routes. Raises `RemoteError`."""
         is_gateway = (self is four, self is six)
         if is_gateway == self._programmed:
             return

@@ -10,28 +10,21 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from netplugin_sdk import messages
-from netplugin_sdk.errors import DriverError, InvalidRequest, NotFound
+from netplugin_sdk.cnm.remote import MethodNotSupported, RemoteError
+from netplugin_sdk.errors import InvalidRequest
 from netplugin_sdk.plugin import Plugin
 
 Kind: TypeAlias = Literal["NetworkDriver", "IpamDriver"]
 
 
-class PluginError(DriverError):
-    """A plugin refused; the text is what `docker` shows."""
-
-
-class MethodNotSupported(PluginError):
-    """It does not have the method (404)."""
-
-
 class Driver(Protocol):
-    """A plugin, asked as an engine asks it."""
+    """A plugin, asked as an engine asks it: a `RemotePlugin`, or one in this process."""
 
-    def activate(self) -> frozenset[str]:
-        """The kinds of driver that it is."""
+    def activate(self, kind: str) -> object:
+        """Ask what it is. Raises `RemoteError` if it is no driver of this kind."""
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The answer to, say, ``NetworkDriver.Join``. Raises `PluginError` if it is refused."""
+        """The answer to, say, ``NetworkDriver.Join``. Raises `RemoteError` if it is refused."""
 
 
 class InProcess:
@@ -40,19 +33,19 @@ class InProcess:
     def __init__(self, plugin: Plugin) -> None:
         self._plugin = plugin
 
-    def activate(self) -> frozenset[str]:
-        """The kinds of driver that it is."""
-        return frozenset(self.call("Plugin.Activate")["Implements"])
+    def activate(self, kind: str) -> None:
+        """Ask what it is. Raises `RemoteError` if it is no driver of this kind."""
+        if kind not in self.call("Plugin.Activate")["Implements"]:
+            raise RemoteError(f"the plugin in this process is no {kind}")
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The answer. Raises `PluginError` if it is refused."""
-        body = b"" if content is None else messages.encode(content)
+        """The answer. Raises `RemoteError` if it is refused."""
+        body = b"" if content is None else msgspec.json.encode(content)
         answer = self._plugin.handle(f"/{method}", body)
         decoded: dict[str, Any] = msgspec.json.decode(answer.body)
-        if answer.status == 404:
-            raise MethodNotSupported(f"{method}: {decoded['Err']}")
         if answer.status != 200:
-            raise PluginError(f"{method}: {decoded['Err']}")
+            kind = MethodNotSupported if answer.status == 404 else RemoteError
+            raise kind(f"{method}: {decoded['Err']}", answer.status)
         return decoded
 
 
@@ -66,8 +59,9 @@ class Known:
     capabilities: Mapping[str, Any] = field(default_factory=dict)
 
     def call(self, method: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a method of its kind, such as ``Join``. Raises `PluginError` if it is refused."""
-        return self.driver.call(f"{self.kind}.{method}", content)
+        """The answer to a method of its kind, such as ``Join``. Raises `RemoteError` if it is refused."""
+        plain = msgspec.json.decode(messages.encode(content))  # addresses as text
+        return self.driver.call(f"{self.kind}.{method}", plain)
 
 
 class Registry:
@@ -100,8 +94,7 @@ class Registry:
 
     def _ask(self, kind: Kind, name: str) -> Known:
         driver = self._drivers.get(name) or self._find(name)
-        if kind not in driver.activate():
-            raise NotFound(f"plugin {name!r} is found, and is no {kind}")
+        driver.activate(kind)
         capabilities = dict(driver.call(f"{kind}.GetCapabilities"))
         if kind == "IpamDriver":
             capabilities |= driver.call("IpamDriver.GetDefaultAddressSpaces")

@@ -16,7 +16,7 @@ from myplugin.driver import BridgeDriver
 from netplugin_sdk import Plugin
 from netplugin_sdk.addresses import MacAddress, TransportProtocol
 from netplugin_sdk.cnm.controller import Network, NetworkController, Sandbox, Subnet
-from netplugin_sdk.cnm.registry import PluginError
+from netplugin_sdk.cnm.remote import RemoteError
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.linux import firewall, links, ports
 from netplugin_sdk.messages import PortMapping, encode
@@ -203,9 +203,9 @@ def test_names_are_given_once(controller: NetworkController) -> None:
 
 
 def test_what_a_driver_refuses_leaves_nothing(controller: NetworkController) -> None:
-    with pytest.raises(NotFound, match="plugin 'mars' not found"):
+    with pytest.raises(NotFound, match='plugin "mars" not found'):
         controller.create_network("lan", "mars")
-    with pytest.raises(PluginError, match=r"NetworkDriver.GwAllocCheck: unknown option 'x'"):
+    with pytest.raises(RemoteError, match=r"NetworkDriver.GwAllocCheck: unknown option 'x'"):
         controller.create_network("lan", "bridge", subnets=[LAN], options={"x": "y"})
     with pytest.raises(InvalidRequest, match=r"auxiliary address: \(a:10.2.0.1\) must belong to the master pool"):
         controller.create_network("lan", "bridge", subnets=[Subnet.parse("10.1.0.0/24", auxiliary={"a": "10.2.0.1"})])
@@ -215,7 +215,7 @@ def test_what_a_driver_refuses_leaves_nothing(controller: NetworkController) -> 
         box.connect(network, addresses=[ip_address("10.9.0.1")])
     with pytest.raises(DriverError, match=r"IpamDriver.RequestAddress: Address already in use"):
         box.connect(network, addresses=[ip_address("10.1.0.1")])
-    with pytest.raises(PluginError, match=r"IpamDriver.RequestPool: Pool overlaps with other one"):
+    with pytest.raises(RemoteError, match=r"IpamDriver.RequestPool: Pool overlaps with other one"):
         controller.create_network("other", "bridge", subnets=[LAN])
     assert str(box.connect(network).addresses[4]) == "10.1.0.2/24"
 
@@ -227,8 +227,8 @@ class Odd:
     answers: dict[str, Any] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
-    def activate(self) -> frozenset[str]:
-        return frozenset({"NetworkDriver"})
+    def activate(self, kind: str) -> None:
+        assert kind == "NetworkDriver"
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         self.asked.append(method.partition(".")[2])
@@ -242,13 +242,13 @@ class Odd:
 PROGRAM = "ProgramExternalConnectivity"
 BUSY = {
     "Join": {"Gateway": "10.1.0.1", "InterfaceName": {"SrcName": "x1"}},
-    PROGRAM: PluginError("busy"),
+    PROGRAM: RemoteError("busy"),
 }
 ODD: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"CreateEndpoint": {"Interface": {"Address": "10.1.0.7/24"}}}, "driver modified", ["DeleteEndpoint"]),
     ({"CreateEndpoint": {"Interface": {"MacAddress": "no"}}}, "rolled back", ["DeleteEndpoint"]),
-    ({"CreateEndpoint": PluginError("NetworkDriver.CreateEndpoint: no")}, "CreateEndpoint: no", []),
-    ({"Join": PluginError("NetworkDriver.Join: no")}, "Join: no", ["Join", "Leave", "DeleteEndpoint"]),
+    ({"CreateEndpoint": RemoteError("NetworkDriver.CreateEndpoint: no")}, "CreateEndpoint: no", []),
+    ({"Join": RemoteError("NetworkDriver.Join: no")}, "Join: no", ["Join", "Leave", "DeleteEndpoint"]),
     ({"Join": {"Gateway": "there"}}, "rolled back", ["Join", "Leave", "Leave", "DeleteEndpoint"]),
     (
         {"Join": {"InterfaceName": {"SrcName": "none"}}},

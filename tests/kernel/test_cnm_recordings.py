@@ -39,8 +39,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
-    def activate(self) -> frozenset[str]:
-        return frozenset({"NetworkDriver"})
+    def activate(self, kind: str) -> None:
+        assert kind == "NetworkDriver"
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         request = {} if content is None else json.loads(encode(content))
