@@ -889,10 +889,15 @@ class Sandbox(_Record):
         if source := names.get("SrcName"):
             prefix, used = names.get("DstPrefix") or "eth", {ep.interface for ep in self.endpoints}
             name = next(name for n in count() if (name := f"{prefix}{n}") not in used)
-            self.namespace.take(source, name, endpoint.addresses.values(), endpoint.mac)
             endpoint.interface, endpoint._source = name, source
-            self.namespace.announce(name)
-        self.namespace.change_routes((), endpoint._static_routes())
+            addresses = endpoint.addresses.values()
+            try:
+                self.namespace.take(source, name, addresses, mac=endpoint.mac, routes=endpoint._static_routes())
+            except BaseException:
+                endpoint.interface = None
+                raise
+        else:
+            self.namespace.change_routes((), endpoint._static_routes())
         if endpoint in self.gateway_endpoints():
             self._set_gateways()
 

@@ -132,6 +132,16 @@ def attach(name: str, master: str) -> bool:
     return _netlink.run(_attach, name, master)
 
 
+def move(name: str, namespace: int, new_name: str) -> None:
+    """Move an interface into the network namespace that a descriptor is open on, under another name there.
+
+    Raises `NotFound` if there is none of its name, `LinkError` if the kernel refuses.
+    """
+    _check_name(name)
+    _check_name(new_name)
+    _netlink.run(_move, name, namespace, new_name)
+
+
 def give_back(name: str, *, mtu: int, up: bool, without: Iterable[IPv4Interface | IPv6Interface] = ()) -> None:
     """Leave an interface that was adopted as it was: with this MTU in bytes, up or down, `without` these addresses.
 
@@ -293,6 +303,15 @@ def _add_address(ipr: Any, cannot: str, index: int | None, address: IPv4Interfac
         )
     except NetlinkError as error:
         raise LinkError(f"{cannot} add address {address}", error) from error
+
+
+def _move(ipr: Any, name: str, namespace: int, new_name: str) -> None:
+    if (index := _index(name)) is None:
+        raise NotFound(f"there is no interface {name} to move into the sandbox")
+    try:
+        ipr.link("set", index=index, net_ns_fd=namespace, ifname=new_name)
+    except (NetlinkError, OSError) as error:
+        raise LinkError(f"cannot move interface {name} to another namespace", error) from error
 
 
 def _give_back(ipr: Any, name: str, mtu: int, up: bool, addresses: tuple[IPv4Interface | IPv6Interface, ...]) -> None:

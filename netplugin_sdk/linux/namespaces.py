@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
-from netplugin_sdk.errors import Conflict, DriverError, NotFound
+from netplugin_sdk.errors import Conflict, DriverError
+from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
 
 T = TypeVar("T")
@@ -130,24 +132,42 @@ class Namespace:
             raise DriverError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
         return done.stdout
 
-    def take(self, link: str, name: str, addresses: Iterable[IPInterface], mac: str | None = None) -> None:
-        """Move a link from here inside, under another name, with its MAC address and addresses, and set it up.
+    def take(
+        self,
+        link: str,
+        name: str,
+        addresses: Iterable[IPInterface],
+        *,
+        mac: str | None = None,
+        routes: Iterable[Route] = (),
+    ) -> None:
+        """Move a link from here inside, under another name, give it its addresses, set it up, add routes, and tell.
 
-        If that fails it is moved back, under its own name. Raises `NotFound` if there is no such link here,
+        The neighbours are told where the addresses are, by gratuitous ARP and unsolicited advertisements: who knew
+        another MAC address for one of them learns the new one (RFC 5227 section 3, RFC 4861 section 7.2.6).
+
+        If that fails the link is moved back, under its own name. Raises `NotFound` if there is no such link here,
         `LinkError` if the kernel refuses.
         """
-        with self.path.open() as there, IPRoute() as here:
-            found = here.link_lookup(ifname=link)
-            if not found:
-                raise NotFound(f"there is no interface {link} to move into the sandbox")
-            with _refused(f"move interface {link} into the sandbox"):
-                here.link("set", index=found[0], net_ns_fd=there.fileno(), ifname=name)
+        with self.path.open() as there:
+            links.move(link, there.fileno(), name)
+        addresses, routes = tuple(addresses), tuple(routes)
         try:
-            self.call(lambda: _configure(name, tuple(addresses), mac))
+            index, own = self.call(lambda: _configure(name, addresses, mac, routes))
         except BaseException:
             with suppress(DriverError):
                 self.give_back(name, link)
             raise
+        if len(own) == 6:  # else it is no Ethernet
+            # Not waited for: the kernel takes 10 ms to close a packet socket (packet_release).
+            telling = partial(self._announce, name, index, own, addresses)
+            threading.Thread(target=telling, name="announcement", daemon=True).start()
+
+    def _announce(self, name: str, index: int, mac: bytes, addresses: tuple[IPInterface, ...]) -> None:
+        with suppress(OSError):  # as when it is gone again
+            enter(self.path)
+            for address in addresses:
+                _announce(name, index, mac, address.ip)
 
     def give_back(self, name: str, link: str) -> bool:
         """Move a link from inside to here, under its former name, without addresses. False if it is not there."""
@@ -173,13 +193,6 @@ class Namespace:
         remove, add = tuple(remove), tuple(add)
         if remove or add:
             self.call(lambda: _change_routes(remove, add))
-
-    def announce(self, name: str) -> None:
-        """Tell the neighbours of an interface where its addresses are: gratuitous ARP, unsolicited advertisement.
-
-        So who knew another MAC address for one of them learns the new one (RFC 5227 section 3, RFC 4861 7.2.6).
-        """
-        self.call(lambda: _announce(name))
 
 
 def _in_thread(function: Callable[[], T]) -> T:
@@ -209,7 +222,10 @@ def _refused(what: str) -> Iterator[None]:
         raise LinkError(f"cannot {what}", error) from error
 
 
-def _configure(name: str, addresses: tuple[IPInterface, ...], mac: str | None) -> None:
+def _configure(
+    name: str, addresses: tuple[IPInterface, ...], mac: str | None, routes: tuple[Route, ...]
+) -> tuple[int, bytes]:
+    """The index and the hardware address that it has then."""
     with IPRoute() as ipr:
         (index,) = ipr.link_lookup(ifname=name)
         with _refused(f"set the MAC address of {name} to {mac}"):
@@ -221,6 +237,9 @@ def _configure(name: str, addresses: tuple[IPInterface, ...], mac: str | None) -
                 ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, **nodad)
         with _refused(f"set {name} up"):
             ipr.link("set", index=index, state="up")
+        _add_routes(ipr, routes)
+        (link,) = ipr.link("get", index=index)
+    return index, bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", ""))
 
 
 def _change_routes(remove: tuple[Route, ...], add: tuple[Route, ...]) -> None:
@@ -228,10 +247,14 @@ def _change_routes(remove: tuple[Route, ...], add: tuple[Route, ...]) -> None:
         for route in remove:
             with suppress(NetlinkError, OSError, IndexError):  # it went with its interface
                 ipr.route("del", **_described(ipr, route))
-        for route in add:
-            via = f" via {route.via}" if route.via else ""
-            with _refused(f"add the route to {route.destination}{via}"):
-                ipr.route("add", **_described(ipr, route))
+        _add_routes(ipr, add)
+
+
+def _add_routes(ipr: Any, routes: tuple[Route, ...]) -> None:
+    for route in routes:
+        via = f" via {route.via}" if route.via else ""
+        with _refused(f"add the route to {route.destination}{via}"):
+            ipr.route("add", **_described(ipr, route))
 
 
 def _described(ipr: Any, route: Route) -> dict[str, Any]:
@@ -253,34 +276,17 @@ DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 """The destination of a default route, by IP version."""
 
 
-def _announce(name: str) -> None:
-    with IPRoute() as ipr:
-        (index,) = ipr.link_lookup(ifname=name)
-        (link,) = ipr.link("get", index=index)
-        mac = bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", ""))
-        texts = [message.get_attr("IFA_ADDRESS") for message in ipr.get_addr(index=index)]
-    if len(mac) != 6:
-        return  # no Ethernet
-    for text in texts:
-        if ":" not in text:
-            _announce_ipv4(name, mac, socket.inet_aton(text))
-        elif not text.startswith("fe80:"):
-            _announce_ipv6(index, mac, text)
-
-
-def _announce_ipv4(name: str, mac: bytes, address: bytes) -> None:
-    hardware, protocol = 1, 0x0800
-    request = struct.pack("!HHBBH6s4s6s4s", hardware, protocol, 6, 4, 1, mac, address, bytes(6), address)
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
-        packets.sendto(request, (name, _ARP, 0, 0, b"\xff" * 6))
-
-
-def _announce_ipv6(index: int, mac: bytes, address: str) -> None:
+def _announce(name: str, index: int, mac: bytes, address: IPAddress) -> None:
+    if address.version == 4:
+        hardware, protocol, request = 1, 0x0800, 1
+        told = struct.pack("!HHBBH6s4s6x4s", hardware, protocol, 6, 4, request, mac, address.packed, address.packed)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
+            packets.sendto(told, (name, _ARP, 0, 0, b"\xff" * 6))
+        return
     override, target_link_layer = 0x20000000, struct.pack("!BB6s", 2, 1, mac)
-    target = socket.inet_pton(socket.AF_INET6, address)
     # The kernel fills in the checksum of ICMPv6 (RFC 3542).
-    message = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, override) + target + target_link_layer
+    message = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, override) + address.packed + target_link_layer
     with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as packets:
         packets.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
-        packets.bind((address, 0))
+        packets.bind((str(address), 0))
         packets.sendto(message, ("ff02::1", 0, 0, index))
