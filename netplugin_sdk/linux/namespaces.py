@@ -129,7 +129,8 @@ class Namespace:
             enter += ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
         done = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=timeout, check=False)
         if done.returncode:
-            raise DriverError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
+            said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+            raise DriverError(f"{' '.join(command)}: {said}")
         return done.stdout
 
     def take(
