@@ -151,7 +151,11 @@ class Namespace:
         `LinkError` if the kernel refuses.
         """
         with self.path.open() as there:
-            links.move(link, there.fileno(), name)
+            try:
+                links.move(link, there.fileno(), name)
+            except LinkError:
+                self.give_back(link, link)  # it can have been moved, and not renamed
+                raise
         addresses, routes = tuple(addresses), tuple(routes)
         try:
             index, own = self.call(lambda: _configure(name, addresses, mac, routes))
