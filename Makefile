@@ -1,4 +1,4 @@
-# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host)
+# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host, or none: without Docker)
 # make test   every check and every test, real engines included
 # make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
@@ -48,6 +48,7 @@ audit: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python benchmarks/cnm.py
 
 bench-engine: .venv/.dev
 	$(BIN)/python benchmarks/engine.py --engine $(ENGINE) --json build/engine-$(ENGINE).json --svg docs/engine-benchmark.svg

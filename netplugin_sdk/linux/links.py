@@ -166,6 +166,11 @@ def exists(name: str) -> bool:
     return _netlink.run(lambda _: _index(name) is not None)
 
 
+def names() -> frozenset[str]:
+    """Those of all interfaces here."""
+    return frozenset(name for _, name in socket.if_nameindex())
+
+
 def describe(name: str) -> Link:
     """What the kernel knows of this interface. Raises `NotFound` if there is none of this name."""
     _check_name(name)
