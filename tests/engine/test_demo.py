@@ -162,6 +162,28 @@ def test_on_the_hosts_own_docker(engine: PrivateEngine, tmp_path: Path) -> None:
     assert state_of(engine) == before
 
 
+def test_without_docker() -> None:
+    began = time.monotonic()
+    with unchanged_host():
+        command = [sys.executable, DEMO, "--engine", "none"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    in_order(
+        done.stdout,
+        "/run/docker/plugins/myplugin.sock",
+        "10.1.0.1/24",
+        "web.connect(lan)",
+        "10.1.0.2/24",
+        "2 packets transmitted, 2 received",
+        "com.docker.network.portmap",
+        "# Clean up:",
+        "method=NetworkDriver.CreateNetwork network=",
+        "myplugin stopped",
+        "Done.",
+    )
+    assert time.monotonic() - began < 10
+
+
 def test_without_a_docker_of_ones_own(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run(

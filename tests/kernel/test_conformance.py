@@ -340,11 +340,12 @@ def _() -> Answering:
         asked = request_of(body)
         if method != "RequestAddress":
             return None
-        answer: Answer = right()
+        answer = right()
         if "RequestAddressType" in (asked.get("Options") or {}):
             gateways[asked["PoolID"]] = answer
             return answer
-        return gateways.pop(str(asked["PoolID"]), answer)
+        given: Answer = gateways.pop(str(asked["PoolID"]), answer)
+        return given
 
     return wrong
 
