@@ -192,7 +192,7 @@ class Site:
 
 
 @pytest.fixture
-def site(backend: str, namespace: Callable[[], Namespace]) -> Iterator[Site]:  # noqa: ARG001 - it is there first
+def site(backend: str, namespace: Callable[[], Namespace]) -> Iterator[Site]:  # it is there first
     made = Site(namespace)
     yield made
     made.close()
