@@ -10,6 +10,8 @@ import pytest
 
 from netplugin_sdk.testing.engine import VERSIONS
 
+pytest_plugins = ["pytester"]
+
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
 
 

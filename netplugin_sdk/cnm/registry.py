@@ -78,6 +78,11 @@ class Registry:
         self._known: dict[tuple[Kind, str], Known] = {}
         self._lock = threading.Lock()
 
+    def add(self, name: str, plugin: Plugin) -> None:
+        """Give it a further plugin in this process."""
+        with self._lock:
+            self._drivers[name] = InProcess(plugin)
+
     def network_driver(self, name: str) -> Known:
         """The network driver of this name, activated. Raises `NotFound` if there is none."""
         return self._get("NetworkDriver", name)

@@ -59,6 +59,12 @@ def enter(path: Path | str) -> None:
         os.close(fd)
 
 
+def up(name: str) -> None:
+    """Set an interface of this thread's namespace up, such as the loopback of a new one."""
+    with IPRoute() as ipr, _refused(f"set {name} up"):
+        ipr.link("set", index=ipr.link_lookup(ifname=name)[0], state="up")
+
+
 def _check(result: int) -> None:
     if result:
         code = ctypes.get_errno()
@@ -87,8 +93,7 @@ class Namespace:
         def make() -> None:
             if fresh:
                 unshare()
-                with IPRoute() as ipr:
-                    ipr.link("set", index=1, state="up")
+                up("lo")
             _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), None, _MS_BIND, None))
 
         try:
