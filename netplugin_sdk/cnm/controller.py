@@ -30,7 +30,7 @@ import msgspec
 from netplugin_sdk import messages
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.cnm import remote
-from netplugin_sdk.cnm.drivers import NullDriver, installed
+from netplugin_sdk.cnm.drivers import BUILT_IN, installed
 from netplugin_sdk.cnm.registry import Driver, InProcess, Known, Registry
 from netplugin_sdk.cnm.remote import MethodNotSupported, RemotePlugin
 from netplugin_sdk.database import Database, Folder
@@ -132,8 +132,8 @@ class NetworkController:
 
     Args:
         drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
-            Beside them there are ``null`` and ``host``, those of packages that are installed (`drivers.GROUP`), and the
-            IPAM driver ``default``, a `PoolIpamDriver`.
+            Beside them there are ``null``, ``host``, ``macvlan`` and ``ipvlan``, those of packages that are installed
+            (`drivers.GROUP`), and the IPAM driver ``default``, a `PoolIpamDriver`.
         find: finds every other driver by its name; by default as an engine finds plugins.
         engine: the version to speak like.
         folder: for what it must remember, and the files of sandboxes. A controller that is made with it again, by
@@ -195,8 +195,8 @@ class NetworkController:
     def _in_process(self, name: str) -> Driver | None:
         """A driver of the controller's own, or of a package that is installed, with a memory in its folder."""
         driver: NetworkDriver[Any] | IpamDriver | None
-        if name in _SPECIAL:
-            driver = NullDriver()
+        if name in BUILT_IN:
+            driver = BUILT_IN[name]()
         elif name == "default":
             driver = _default_ipam()
         else:

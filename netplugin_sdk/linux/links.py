@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -37,6 +37,7 @@ T = TypeVar("T")
 _IFF_UP = 0x1  # linux/if.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _OF_THE_KERNEL = (2, 3, 4, 5)  # linux/rtnetlink.h: RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
+_IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}  # linux/if_link.h
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
 
@@ -107,11 +108,17 @@ def ensure_veth(
     _netlink.run(_ensure_veth, host, inside, master=master, mtu=mtu, mac=mac)
 
 
-def ensure_macvlan(name: str, parent: str, *, mac: str | None = None) -> None:
+def ensure_macvlan(
+    name: str,
+    parent: str,
+    *,
+    mode: Literal["bridge", "private", "vepa", "passthru"] = "bridge",
+    mac: str | None = None,
+) -> None:
     """An interface with a MAC address of its own on the network of `parent`, here, for the engine to move (macvlan).
 
-    It is in mode bridge: those of one parent reach each other, and nobody on them reaches the host itself. `mac` is as
-    for `ensure_veth`; its MTU is the parent's.
+    In mode bridge those of one parent reach each other; nobody on them reaches the host itself. `mac` is as for
+    `ensure_veth`; its MTU is the parent's.
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses.
     """
@@ -119,7 +126,18 @@ def ensure_macvlan(name: str, parent: str, *, mac: str | None = None) -> None:
     _check_name(parent)
     if mac is not None and not _MAC.fullmatch(mac):
         raise InvalidRequest(f"macvlan {name}: {mac!r} is not a MAC address")
-    _netlink.run(_ensure_macvlan, name, parent, mac)
+    _netlink.run(_ensure_upon, "macvlan", name, parent, mac, macvlan_mode=mode)
+
+
+def ensure_ipvlan(name: str, parent: str, *, mode: Literal["l2", "l3", "l3s"] = "l2") -> None:
+    """An interface with the MAC address of `parent`, here, for the engine to move (ipvlan).
+
+    Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses:
+    not every kernel has it.
+    """
+    _check_name(name)
+    _check_name(parent)
+    _netlink.run(_ensure_upon, "ipvlan", name, parent, None, ipvlan_mode=_IPVLAN_MODES[mode])
 
 
 def attach(name: str, master: str) -> bool:
@@ -372,16 +390,16 @@ def _ensure_veth(ipr: Any, host: str, inside: str, *, master: str | None, mtu: i
         _watch.expect(host, Made(index, master=master_index))
 
 
-def _ensure_macvlan(ipr: Any, name: str, parent: str, mac: str | None) -> None:
-    cannot = f"macvlan {name}: cannot create on {parent}"
+def _ensure_upon(ipr: Any, /, kind: str, name: str, parent: str, mac: str | None, **attributes: object) -> None:
+    cannot = f"{kind} {name}: cannot create on {parent}"
     index = _master(cannot, parent)
     try:
         try:
-            ipr.link("add", kind="macvlan", ifname=name, link=index, macvlan_mode="bridge", **_given(address=mac))
+            ipr.link("add", kind=kind, ifname=name, link=index, **attributes, **_given(address=mac))
         except NetlinkError as error:
             if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
                 raise
-            if _kind(there) != "macvlan" or there.get("link") != index:
+            if _kind(there) != kind or there.get("link") != index:
                 raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
             if mac is not None and there.get("address") != mac.lower():
                 ipr.link("set", index=there["index"], address=mac)

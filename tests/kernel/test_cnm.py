@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_interface, ip_network
@@ -133,6 +134,46 @@ def test_the_drivers_that_are_there(controller: NetworkController) -> None:
     assert open_box.run("readlink", "/proc/self/ns/net") == run("readlink", "/proc/thread-self/ns/net")
     with pytest.raises(InvalidRequest, match="disconnected from host network"):
         open_box.connect(none)
+
+
+def test_macvlan(controller: NetworkController) -> None:
+    links.ensure_veth("up0", "up1")
+    run("ip", "link", "set", "up1", "up")
+    options = {"parent": "up0"}
+    lan = controller.create_network("lan", "macvlan", subnets=[LAN], options=options)
+    with pytest.raises(RemoteError, match=f"network {lan.id[:12]} is already using parent interface up0"):
+        controller.create_network("again", "macvlan", options=options)
+    with pytest.raises(RemoteError, match="option parent=none: there is no such interface"):
+        controller.create_network("none", "macvlan", options={"parent": "none"})
+    one, _ = two(controller, lan)
+    assert pings(one, "10.1.0.3")
+    assert default_route(one) == "default via 10.1.0.1 dev eth0"
+    assert "macvlan mode bridge" in one.run("ip", "-details", "link", "show", "eth0")
+    controller.cleanup()
+    links.delete("up0")
+
+
+def has_ipvlan() -> bool:
+    done = subprocess.run(
+        ["ip", "link", "add", "try0", "link", "up0", "type", "ipvlan"], capture_output=True, check=False
+    )
+    links.delete("try0")
+    return done.returncode == 0
+
+
+def test_ipvlan_where_the_kernel_has_it(controller: NetworkController) -> None:
+    links.ensure_veth("up0", "up1")
+    run("ip", "link", "set", "up1", "up")
+    lan = controller.create_network("lan", "ipvlan", subnets=[LAN], options={"parent": "up0", "ipvlan_mode": "l3"})
+    box = controller.create_sandbox("one")
+    if has_ipvlan():
+        box.connect(lan)
+        assert default_route(box) == "default dev eth0"
+    else:
+        with pytest.raises(RemoteError, match=r"ipvlan vc-.* cannot create on up0: Operation not supported"):
+            box.connect(lan)
+    controller.cleanup()
+    links.delete("up0")
 
 
 @pytest.mark.usefixtures("iptables")
