@@ -165,7 +165,7 @@ def test_on_the_hosts_own_docker(engine: PrivateEngine, tmp_path: Path) -> None:
 def test_without_docker() -> None:
     began = time.monotonic()
     with unchanged_host():
-        command = [sys.executable, DEMO, "--engine", "none"]
+        command = [sys.executable, str(DEMO), "--engine", "none"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     in_order(
