@@ -295,8 +295,12 @@ class NetworkController:
             if name in self.sandboxes:
                 raise Conflict(f"sandbox with name {name} already exists")
             sandbox = self.sandboxes[name] = Sandbox(self, name)
-        sandbox._create(ports, exposed, host)
-        self._save(sandbox)
+        try:
+            sandbox._create(ports, exposed, host)
+            self._save(sandbox)
+        except BaseException:
+            sandbox.delete()
+            raise
         return sandbox
 
 
@@ -408,7 +412,7 @@ class Network(_Record):
     @property
     def _space(self) -> str:
         if self._ipam is None:
-            return ""
+            return _NULL
         scope = str(self.driver.capabilities["Scope"]).capitalize()
         return str(self._ipam.capabilities[f"{scope}DefaultAddressSpace"])
 
