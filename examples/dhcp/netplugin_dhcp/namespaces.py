@@ -1,24 +1,20 @@
-"""Network namespaces of containers, entered by threads that end there."""
+"""Something done inside a container's network namespace."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import os
 import socket
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from netplugin_sdk import MacAddress
+from netplugin_sdk.linux.namespaces import Namespace
 
 T = TypeVar("T")
 
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
 _SIOCGIFHWADDR = 0x8927  # linux/sockios.h
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def within(namespace: str | None, function: Callable[[], T]) -> T:
@@ -26,20 +22,7 @@ def within(namespace: str | None, function: Callable[[], T]) -> T:
 
     A socket that it opens stays in there. Raises OSError if the namespace is gone or may not be entered.
     """
-    if namespace is None:
-        return function()
-
-    def inside() -> T:
-        file = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if _libc.setns(file, _CLONE_NEWNET):  # os.setns is new in Python 3.12
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
-        finally:
-            os.close(file)
-        return function()
-
-    with ThreadPoolExecutor(1) as thread:  # one of its own: it never comes back
-        return thread.submit(inside).result()
+    return function() if namespace is None else Namespace(namespace).call(function)
 
 
 def interface_of(mac: MacAddress) -> str:
