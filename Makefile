@@ -21,10 +21,10 @@ demo: .venv/.run
 ENGINES := 20.10 26.1 28.5
 ALONE := tests/engine/test_demo.py
 test: lint
-	@echo "unit, wire and kernel, side by side: about 5 minutes; what they say comes at the end of each"
+	@echo "unit, wire and kernel, side by side: about 9 minutes; what they say comes at the end of each"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-unit test-kernel
 	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
-	@echo "engines $(ENGINES), side by side: about 13 minutes; what they say comes at the end of each"
+	@echo "engines $(ENGINES), side by side: about 18 minutes; what they say comes at the end of each"
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync $(ENGINES:%=test-engine-%)
 
 test-unit: .venv/.dev
