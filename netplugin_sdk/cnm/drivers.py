@@ -1,4 +1,4 @@
-"""The drivers that a controller has of itself: Docker's null, host, macvlan and ipvlan, and those of packages.
+"""The drivers that a controller has of itself: Docker's null, host, macvlan …, and those of packages.
 
 A package says that it has one by an entry point of the group ``netplugin_sdk.drivers``: ``bridge =
 "myplugin.driver:BridgeDriver"``.
@@ -7,11 +7,16 @@ A package says that it has one by an entry point of the group ``netplugin_sdk.dr
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from threading import Lock
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
 
 from netplugin_sdk.driver import NetworkDriver
 from netplugin_sdk.errors import Conflict, InvalidOption
-from netplugin_sdk.linux import links
+from netplugin_sdk.ipam import NumberPool
+from netplugin_sdk.linux import firewall, links
+from netplugin_sdk.linux.firewall import Policy
 from netplugin_sdk.linux.namespaces import DEFAULT
 from netplugin_sdk.messages import EndpointInterface, Join, StaticRoute
 from netplugin_sdk.options import DriverOptions
@@ -113,11 +118,77 @@ class IpvlanDriver(_Upon[IpvlanOptions]):
         return Join(name, static_routes=[StaticRoute(DEFAULT[version]) for version in sorted(versions)])
 
 
+class OverlayOptions(DriverOptions):
+    """``-o`` of overlay networks, as Docker's driver names them."""
+
+    vni: Annotated[int, Meta(ge=1, lt=1 << 24)] | None = field(
+        name="com.docker.network.driver.overlay.vxlanid_list", default=None
+    )
+    """VXLAN network identifier (RFC 7348); none takes the next free one from 4096."""
+    mtu: Annotated[int, Meta(ge=68, le=65535)] = field(name="com.docker.network.driver.mtu", default=1450)
+    """Of the containers' interfaces, in bytes: VXLAN adds 50."""
+
+
+class Identified(Struct, frozen=True):
+    """Attached to an overlay network: its VXLAN network identifier."""
+
+    vni: int
+
+
+class OverlayDriver(NetworkDriver[OverlayOptions]):
+    """Docker's overlay on one host: a bridge with a VXLAN as a port, which nobody is told the other hosts of."""
+
+    def __init__(self) -> None:
+        self._choosing = Lock()
+
+    def create_network(self, network: Network[OverlayOptions]) -> None:
+        """A bridge, and the VXLAN."""
+        with self._choosing:
+            identified = network.attached(Identified)
+            if identified is None:
+                identified = Identified(network.options.vni or self._free())
+                network.attach(identified)
+        bridge = network.interface_name("ov")
+        links.ensure_bridge(bridge, mtu=network.options.mtu)
+        links.ensure_vxlan(network.interface_name("vx"), identified.vni, master=bridge, mtu=network.options.mtu)
+        firewall.ensure(Policy(bridge=bridge, bridged_only=True))  # Docker's would drop what goes from port to port
+
+    def _free(self) -> int:
+        numbers = NumberPool(4096, (1 << 24) - 1)
+        for other in self.networks.values():
+            if (known := other.attached(Identified)) is not None and known.vni >= numbers.first:
+                numbers.take(known.vni)
+        return numbers.allocate()
+
+    def delete_network(self, network: Network[OverlayOptions]) -> None:
+        """Delete both."""
+        firewall.delete(network.interface_name("ov"))
+        for prefix in ("vx", "ov"):
+            links.delete(network.interface_name(prefix))
+
+    def create_endpoint(self, network: Network[OverlayOptions], endpoint: Endpoint) -> EndpointInterface | None:
+        """Nothing: `join` makes the links."""
+
+    def delete_endpoint(self, network: Network[OverlayOptions], endpoint: Endpoint) -> None:  # noqa: ARG002
+        """Delete the links."""
+        links.delete(endpoint.interface_name("ve"))
+
+    def join(self, network: Network[OverlayOptions], endpoint: Endpoint, sandbox: Sandbox) -> Join:  # noqa: ARG002
+        """A pair to the bridge; there is no gateway on an overlay."""
+        outside, inside = endpoint.interface_name("ve"), endpoint.interface_name("vc")
+        links.ensure_veth(outside, inside, master=network.interface_name("ov"), mtu=network.options.mtu)
+        return Join(inside)
+
+    def leave(self, network: Network[OverlayOptions], endpoint: Endpoint) -> None:
+        """Nothing: the link comes back."""
+
+
 BUILT_IN: dict[str, type[NetworkDriver[Any]]] = {
     "null": NullDriver,
     "host": NullDriver,
     "macvlan": MacvlanDriver,
     "ipvlan": IpvlanDriver,
+    "overlay": OverlayDriver,
 }
 """By the names that Docker has for them."""
 

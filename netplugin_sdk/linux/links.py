@@ -140,6 +140,22 @@ def ensure_ipvlan(name: str, parent: str, *, mode: Literal["l2", "l3", "l3s"] = 
     _netlink.run(_ensure_upon, "ipvlan", name, parent, None, ipvlan_mode=_IPVLAN_MODES[mode])
 
 
+def ensure_vxlan(name: str, vni: int, *, master: str | None = None, port: int = 4789, mtu: int | None = None) -> None:
+    """A VXLAN (RFC 7348) of this network identifier, up, that learns nothing by itself: whom to send to it is told.
+
+    `master` is the bridge that it becomes a port of, `port` the UDP port that it listens on, `mtu` is in bytes.
+
+    Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `master` or the kernel refuses,
+    as where this identifier is in use.
+    """
+    _check_name(name)
+    if not 0 < vni < 1 << 24:
+        raise InvalidRequest(f"vxlan {name}: {vni} is no network identifier")
+    if master is not None:
+        _check_name(master)
+    _netlink.run(_ensure_vxlan, name, vni, master=master, port=port, mtu=mtu)
+
+
 def attach(name: str, master: str) -> bool:
     """Make an interface a port of the bridge `master` and set it up, if it is here. False if there is none of its name.
 
@@ -403,6 +419,25 @@ def _ensure_upon(ipr: Any, /, kind: str, name: str, parent: str, mac: str | None
                 raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
             if mac is not None and there.get("address") != mac.lower():
                 ipr.link("set", index=there["index"], address=mac)
+    except NetlinkError as error:
+        raise LinkError(cannot, error) from error
+
+
+def _ensure_vxlan(ipr: Any, name: str, vni: int, *, master: str | None, port: int, mtu: int | None) -> None:
+    cannot = f"vxlan {name}: cannot create with identifier {vni}"
+    port_of = None if master is None else _master(cannot, master)
+    try:
+        try:
+            ipr.link(
+                "add", kind="vxlan", ifname=name, vxlan_id=vni, vxlan_port=port, vxlan_learning=0, **_given(mtu=mtu)
+            )
+        except NetlinkError as error:
+            if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
+                raise
+            found = there.get(("linkinfo", "data", "vxlan_id"))
+            if _kind(there) != "vxlan" or found != vni:
+                raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
+        ipr.link("set", index=_index(name), state="up", **_given(master=port_of))
     except NetlinkError as error:
         raise LinkError(cannot, error) from error
 

@@ -176,6 +176,22 @@ def test_ipvlan_where_the_kernel_has_it(controller: NetworkController) -> None:
     links.delete("up0")
 
 
+def test_overlay_on_one_host(controller: NetworkController) -> None:
+    create = controller.create_network
+    chosen = {"com.docker.network.driver.overlay.vxlanid_list": "4097"}
+    first = create("a", "overlay", subnets=[LAN])
+    create("b", "overlay", options=chosen)
+    create("c", "overlay")
+    shown = json.loads(run("ip", "-json", "-details", "link", "show", "type", "vxlan"))
+    assert [link["linkinfo"]["info_data"]["id"] for link in shown] == [4096, 4097, 4098]
+    with pytest.raises(RemoteError, match="cannot create with identifier 4097"):
+        create("d", "overlay", options=chosen)
+    one, _ = two(controller, first)
+    assert pings(one, "10.1.0.3")
+    assert default_route(one) == ""
+    assert "mtu 1450" in one.run("ip", "link", "show", "eth0")
+
+
 @pytest.mark.usefixtures("iptables")
 def test_a_driver_of_an_installed_package(tmp_path: Path) -> None:
     """It remembers in the controller's folder."""

@@ -397,6 +397,21 @@ def test_a_macvlan_twice_is_the_same_with_the_mac_of_the_second() -> None:
     assert links.describe("mv-t").mac == MAC
 
 
+def test_a_vxlan_is_a_port_of_its_bridge() -> None:
+    links.ensure_bridge("br-t")
+    for _ in range(2):
+        links.ensure_vxlan("vx-t", 5000, master="br-t", mtu=1400)
+    vxlan = links.describe("vx-t")
+    assert (vxlan.kind, vxlan.mtu, vxlan.master, vxlan.up) == ("vxlan", 1400, "br-t", True)
+    assert "vxlan id 5000 " in run("ip", "-details", "link", "show", "vx-t")
+    with pytest.raises(Conflict, match="with identifier 5001: a vxlan interface has this name"):
+        links.ensure_vxlan("vx-t", 5001)
+    with pytest.raises(LinkError, match="vxlan vx-u: cannot create with identifier 5000: File exists"):
+        links.ensure_vxlan("vx-u", 5000)
+    with pytest.raises(InvalidRequest, match="16777216 is no network identifier"):
+        links.ensure_vxlan("vx-u", 1 << 24)
+
+
 def test_a_macvlan_without_its_parent_is_refused() -> None:
     with pytest.raises(LinkError, match="macvlan mv-t: cannot create on up0: No such device"):
         links.ensure_macvlan("mv-t", "up0")
