@@ -6,11 +6,13 @@ Threads enter and leave them, never the process: what is said of "here" is the c
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,7 +34,10 @@ T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MS_BIND, _MNT_DETACH = 4096, 2  # sys/mount.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
+_SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
 _ARP, _NEIGHBOUR_ADVERTISEMENT = 0x0806, 136
+_ANNOUNCED = 0.0, 1.0, 1.0  # seconds between: as engines do, since one may be lost
+_CARRIER = 1.0  # seconds in which an interface that is set up has its carrier
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -174,10 +179,12 @@ class Namespace:
             threading.Thread(target=telling, name="announcement", daemon=True).start()
 
     def _announce(self, name: str, index: int, mac: bytes, addresses: tuple[IPInterface, ...]) -> None:
-        with suppress(OSError):  # as when it is gone again
-            enter(self.path)
-            for address in addresses:
-                _announce(name, index, mac, address.ip)
+        for pause in _ANNOUNCED:
+            time.sleep(pause)  # outside: who is inside keeps the namespace
+            try:
+                self.call(lambda: _announce(name, index, mac, addresses))
+            except OSError:
+                return  # it is gone again
 
     def give_back(self, name: str, link: str) -> bool:
         """Move a link from inside to here, under its former name, without addresses. False if it is not there."""
@@ -286,13 +293,34 @@ DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 """The destination of a default route, by IP version."""
 
 
-def _announce(name: str, index: int, mac: bytes, address: IPAddress) -> None:
-    if address.version == 4:
-        hardware, protocol, request = 1, 0x0800, 1
-        told = struct.pack("!HHBBH6s4s6x4s", hardware, protocol, 6, 4, request, mac, address.packed, address.packed)
-        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
-            packets.sendto(told, (name, _ARP, 0, 0, b"\xff" * 6))
-        return
+def _announce(name: str, index: int, mac: bytes, addresses: tuple[IPInterface, ...]) -> None:
+    _wait_for_carrier(name)
+    for address in addresses:
+        if address.version == 4:
+            _announce_ipv4(name, mac, address.ip)
+        else:
+            _announce_ipv6(index, mac, address.ip)
+
+
+def _wait_for_carrier(name: str) -> None:
+    """What is sent earlier is lost. For a moment: it may never come."""
+    until = time.monotonic() + _CARRIER
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        while time.monotonic() < until:
+            found = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
+            if struct.unpack_from("16xH", found)[0] & _IFF_RUNNING:
+                return
+            time.sleep(0.002)
+
+
+def _announce_ipv4(name: str, mac: bytes, address: IPAddress) -> None:
+    hardware, protocol, request = 1, 0x0800, 1
+    told = struct.pack("!HHBBH6s4s6x4s", hardware, protocol, 6, 4, request, mac, address.packed, address.packed)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
+        packets.sendto(told, (name, _ARP, 0, 0, b"\xff" * 6))
+
+
+def _announce_ipv6(index: int, mac: bytes, address: IPAddress) -> None:
     override, target_link_layer = 0x20000000, struct.pack("!BB6s", 2, 1, mac)
     # The kernel fills in the checksum of ICMPv6 (RFC 3542).
     message = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, override) + address.packed + target_link_layer

@@ -130,6 +130,10 @@ def test_a_link_that_cannot_be_configured_is_here_again(make: Make) -> None:
 
 def test_neighbours_learn_where_an_address_is_now(make: Make) -> None:
     links.ensure_bridge("br", addresses=[ip_interface("10.1.0.1/24"), ip_interface("fd00::1/64")])
+    links.ensure_veth("ve0", "vc0", master="br")
+    run("ip", "link", "set", "vc0", "up")
+    # Who has no carrier forgets its neighbours, some time later.
+    wait_for(lambda: "LOWER_UP" in run("ip", "link", "show", "br"), "the bridge's carrier")
     run("ip", "neigh", "add", "10.1.0.2", "lladdr", "02:00:00:00:00:aa", "dev", "br", "nud", "stale")
     run("ip", "neigh", "add", "fd00::2", "lladdr", "02:00:00:00:00:aa", "dev", "br", "nud", "stale")
     links.ensure_veth("ve", "vc", master="br")
