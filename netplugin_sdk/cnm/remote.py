@@ -392,7 +392,8 @@ class RemotePlugin:
         except OSError as error:
             raise _NothingWritten(str(self._failure("write", error))) from error
         try:
-            connection.sendall(data[sent:])
+            if data := data[sent:]:  # to write nothing finds out that the plugin has gone, which Go learns by reading
+                connection.sendall(data)
             while data := buffer.read(_NEXT_WRITES):
                 connection.sendall(data)
         except OSError as error:
