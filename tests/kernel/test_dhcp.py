@@ -50,6 +50,8 @@ class Lan:
         """Start the server, or another one in its place, with the same memory."""
         self.stop()
         log = self._folder / "dnsmasq.log"
+        log.touch()
+        before = self.log.count("DHCP, IP range")  # each that starts says so once
         with log.open("ab") as output:
             self._server = subprocess.Popen(
                 [
@@ -62,8 +64,7 @@ class Lan:
                 stdout=output,
                 stderr=output,
             )
-        before = log.read_text().count("DHCP, IP range")
-        wait_until(lambda: log.read_text().count("DHCP, IP range") > before, 10)
+        wait_until(lambda: self.log.count("DHCP, IP range") > before, 10)
 
     def stop(self) -> None:
         if self._server is not None:
