@@ -13,18 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+from demo import BOLD, RESET, say
+
 from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.cnm import NetworkController, Subnet
 from netplugin_sdk.messages import PortMapping
 from netplugin_sdk.testing.engine import listens, wait_until
 
-BOLD, DIM, RESET = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
 SOCKET = Path("/run/docker/plugins/myplugin.sock")
-
-
-def say(text: str) -> None:
-    """Explain the next step."""
-    print(f"\n{DIM}# {text}{RESET}", flush=True)
 
 
 def show(line: str, *results: object) -> None:

@@ -285,14 +285,17 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------------------------------------ option maps
 
-_GENERIC = "com.docker.network.generic"
-_INTERNAL = "com.docker.network.internal"
-_ENABLE_IPV4 = "com.docker.network.enable_ipv4"
-_ENABLE_IPV6 = "com.docker.network.enable_ipv6"
-_PORT_MAP = "com.docker.network.portmap"
-_EXPOSED_PORTS = "com.docker.network.endpoint.exposedports"
-_MAC_ADDRESS = "com.docker.network.endpoint.macaddress"
-_NO_PROXY_6TO4 = "com.docker.network.driver.private.no_proxy_6to4"
+GENERIC = "com.docker.network.generic"
+INTERNAL = "com.docker.network.internal"
+ENABLE_IPV4 = "com.docker.network.enable_ipv4"
+ENABLE_IPV6 = "com.docker.network.enable_ipv6"
+PORT_MAP = "com.docker.network.portmap"
+EXPOSED_PORTS = "com.docker.network.endpoint.exposedports"
+MAC_ADDRESS = "com.docker.network.endpoint.macaddress"
+NO_PROXY_6TO4 = "com.docker.network.driver.private.no_proxy_6to4"
+ENDPOINT_NAME = "com.docker.network.endpoint.name"  # engines ≥ 29
+GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+"""``Options`` of the ``RequestAddress`` for a network's gateway."""
 
 
 class NetworkOptions(dict[str, Any]):
@@ -308,10 +311,10 @@ class NetworkOptions(dict[str, Any]):
     def __init__(self, raw: Mapping[str, Any]) -> None:
         super().__init__(raw)
         reader = _Reader(self, "Options")
-        self.generic: Mapping[str, str] = reader.strings(_GENERIC)
-        self.internal = reader.boolean(_INTERNAL)
-        self.enable_ipv4 = self.get(_ENABLE_IPV4) is None or reader.boolean(_ENABLE_IPV4)
-        self.enable_ipv6 = reader.boolean(_ENABLE_IPV6)
+        self.generic: Mapping[str, str] = reader.strings(GENERIC)
+        self.internal = reader.boolean(INTERNAL)
+        self.enable_ipv4 = self.get(ENABLE_IPV4) is None or reader.boolean(ENABLE_IPV4)
+        self.enable_ipv6 = reader.boolean(ENABLE_IPV6)
 
 
 class EndpointOptions(dict[str, Any]):
@@ -329,10 +332,10 @@ class EndpointOptions(dict[str, Any]):
     def __init__(self, raw: Mapping[str, Any]) -> None:
         super().__init__(raw)
         reader = _Reader(self, "Options")
-        self.port_map: tuple[PortMapping, ...] = reader.items(_PORT_MAP, PortMapping._read)
-        self.exposed_ports: tuple[Port, ...] = reader.items(_EXPOSED_PORTS, Port._read)
-        self.mac_address = reader.parsed(_MAC_ADDRESS, _mac_from_base64, "base64 of a MAC address")
-        self.no_proxy_6to4 = reader.boolean(_NO_PROXY_6TO4)
+        self.port_map: tuple[PortMapping, ...] = reader.items(PORT_MAP, PortMapping._read)
+        self.exposed_ports: tuple[Port, ...] = reader.items(EXPOSED_PORTS, Port._read)
+        self.mac_address = reader.parsed(MAC_ADDRESS, _mac_from_base64, "base64 of a MAC address")
+        self.no_proxy_6to4 = reader.boolean(NO_PROXY_6TO4)
 
 
 def _mac_from_base64(text: str) -> MacAddress:
@@ -557,9 +560,9 @@ class AddressRequest(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             pool_id=_pool_id(reader),
             address=reader.parsed("Address", ip_address, "an IP address"),
-            is_gateway=options.get("RequestAddressType") == "com.docker.network.gateway",
+            is_gateway=options.items() >= GATEWAY.items(),
             # text here, not base64 as in CreateEndpoint
-            mac_address=reader.nested("Options").parsed(_MAC_ADDRESS, MacAddress, "a MAC address"),
+            mac_address=reader.nested("Options").parsed(MAC_ADDRESS, MacAddress, "a MAC address"),
             options=options,
         )
 

@@ -45,12 +45,6 @@ from netplugin_sdk.plugin import Plugin
 
 _log = logging.getLogger("netplugin_sdk")
 
-_ENABLE_IPV4, _ENABLE_IPV6 = "com.docker.network.enable_ipv4", "com.docker.network.enable_ipv6"
-_INTERNAL, _GENERIC = "com.docker.network.internal", "com.docker.network.generic"
-_EXPOSED_PORTS, _PORT_MAP = "com.docker.network.endpoint.exposedports", "com.docker.network.portmap"
-_MAC_ADDRESS, _NAME = "com.docker.network.endpoint.macaddress", "com.docker.network.endpoint.name"
-_NO_PROXY = "com.docker.network.driver.private.no_proxy_6to4"
-_GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
 _SPECIAL = ("host", "null")  # networks without addresses, of which there is one
 _NULL = "null"  # the IPAM driver without addresses
 _MIGRATIONS = ("CREATE TABLE records (id TEXT PRIMARY KEY, kind TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID;",)
@@ -382,11 +376,11 @@ class Network(_Record):
     # ---------------------------------------------------------------------------------------- create and delete
 
     def _create(self, subnets: Sequence[Subnet], ipam_options: Mapping[str, str]) -> None:
-        options: dict[str, Any] = {_ENABLE_IPV6: self.ipv6, _GENERIC: self._options}
+        options: dict[str, Any] = {messages.ENABLE_IPV6: self.ipv6, messages.GENERIC: self._options}
         if self._controller.engine.checks_gateways:
-            options[_ENABLE_IPV4] = True
+            options[messages.ENABLE_IPV4] = True
         if self.internal:
-            options[_INTERNAL] = True
+            options[messages.INTERNAL] = True
         self._ipam_options = dict(ipam_options)
         skips = self._skipped_gateways(options)
         wanted = [*subnets]
@@ -422,11 +416,11 @@ class Network(_Record):
         answer = self._request_pool(subnet, subnet.network)
         pool = _Pool(answer["PoolID"], ip_network(answer["Pool"]), subnet.version, subnet)
         undo.callback(self._try, self._ipam, "ReleasePool", {"PoolID": pool.id})
-        if subnet.gateway is None and _GATEWAY["RequestAddressType"] in (answer.get("Data") or {}):
-            pool.gateway = ip_interface(answer["Data"][_GATEWAY["RequestAddressType"]])
+        if subnet.gateway is None and messages.GATEWAY["RequestAddressType"] in (answer.get("Data") or {}):
+            pool.gateway = ip_interface(answer["Data"][messages.GATEWAY["RequestAddressType"]])
         elif subnet.gateway is not None or subnet.version not in skips:
             with _explained(f"failed to allocate gateway ({subnet.gateway or ''})"):
-                pool.gateway = self._request_address(pool, subnet.gateway, _GATEWAY)
+                pool.gateway = self._request_address(pool, subnet.gateway, messages.GATEWAY)
         for name, address in subnet.auxiliary.items():
             if address not in pool.network:
                 raise InvalidRequest(
@@ -454,7 +448,7 @@ class Network(_Record):
         for pool in self._pools:
             pool.id = self._request_pool(pool.subnet, pool.network)["PoolID"]
             if pool.gateway is not None:
-                self._request_address(pool, pool.gateway.ip, _GATEWAY)
+                self._request_address(pool, pool.gateway.ip, messages.GATEWAY)
             for address in pool.auxiliary.values():
                 self._request_address(pool, address.ip, None)
             for endpoint in self.endpoints.values():
@@ -594,10 +588,10 @@ class Endpoint(_Record):
             return
         options: dict[str, str] = {}
         if network._controller.engine.tells_names:
-            options[_NAME] = self.name
+            options[messages.ENDPOINT_NAME] = self.name
         if ipam.capabilities.get("RequiresMACAddress"):
             self.mac = self.mac or MacAddress.random()
-            options[_MAC_ADDRESS] = str(self.mac)
+            options[messages.MAC_ADDRESS] = str(self.mac)
         for version in (4, 6):
             pools = [pool for pool in network._pools if pool.version == version]
             wish = next((address for address in wished if address.version == version), None)
@@ -734,7 +728,7 @@ class Endpoint(_Record):
             elif not self.network.internal and self.sandbox is not None:
                 options = dict(self.sandbox._options)
                 if engine.checks_gateways:
-                    options[_NO_PROXY] = six is not None and six is not self
+                    options[messages.NO_PROXY_6TO4] = six is not None and six is not self
                 driver.call("ProgramExternalConnectivity", {**self._ids, "Options": options})
 
     def delete(self) -> None:
@@ -789,8 +783,8 @@ class Sandbox(_Record):
     def _create(self, ports: Sequence[PortMapping], exposed: Sequence[Port], host: bool) -> None:
         published = (Port(mapping.protocol, mapping.container_port) for mapping in ports)
         self._options = {
-            _EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
-            _PORT_MAP: list(map(_port_to_wire, ports)),
+            messages.EXPOSED_PORTS: list(dict.fromkeys([*published, *exposed])),
+            messages.PORT_MAP: list(map(_port_to_wire, ports)),
         }
         Namespace.create(self.key, fresh=not host)
         self._is_host = host
@@ -836,12 +830,12 @@ class Sandbox(_Record):
         if self._is_host is not (network.driver.name == "host"):
             raise InvalidRequest("container cannot be disconnected from host network or connected to host network")
         with self._joining:
-            is_published = [_PORT_MAP in endpoint.operational_info() for endpoint in self.endpoints]
+            is_published = [messages.PORT_MAP in endpoint.operational_info() for endpoint in self.endpoints]
             told: dict[str, Any] = dict(options)
             if not network.internal and not any(is_published):
                 told |= self._options
             if mac is not None:
-                told[_MAC_ADDRESS] = b64encode(bytes.fromhex(mac.replace(":", ""))).decode()
+                told[messages.MAC_ADDRESS] = b64encode(bytes.fromhex(mac.replace(":", ""))).decode()
             endpoint = network.create_endpoint(self.name, addresses=addresses, mac=mac, options=told)
             try:
                 endpoint.join(self, priority=priority)

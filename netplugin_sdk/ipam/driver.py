@@ -29,12 +29,10 @@ from netplugin_sdk.ipam.pools import (
     DefaultPool,
     unique_local,
 )
-from netplugin_sdk.messages import AddressRef, AddressRequest, Pool, PoolRequest
+from netplugin_sdk.messages import ENDPOINT_NAME, AddressRef, AddressRequest, Pool, PoolRequest
 from netplugin_sdk.options import DriverOptions
 
 _log = logging.getLogger("netplugin_sdk")
-
-_ENDPOINT_NAME = "com.docker.network.endpoint.name"  # engines ≥ 29
 
 _MIGRATIONS = (
     """
@@ -120,6 +118,11 @@ class _Pool:
     @property
     def id(self) -> str:
         return _pool_id(self.space, self.network, self.part)
+
+    @property
+    def part_text(self) -> str | None:
+        """In the file."""
+        return None if self.part is None else str(self.part)
 
 
 def _pool_id(space: str, network: IPNetwork, part: IPNetwork | None) -> str:
@@ -224,13 +227,14 @@ class PoolIpamDriver(IpamDriver):
         with self._lock:
             ours = [pool for pool in self._pools.values() if pool.space == self.local_address_space]
             known = [pool for pool in ours if (pool.network, pool.part) in parts]
+            unknown = [pool for pool in ours if (pool.network, pool.part) not in parts]
             for pool in known:
                 self._remember(pool, engine)
-            gone = [pool for pool in ours if pool not in known and pool.engine == engine]
-            for pool in gone:  # it had it, and a network appears only once
-                self._take_back(pool, None)
+            for pool in unknown:
+                if pool.engine == engine:  # it had it, and a network appears only once
+                    self._take_back(pool, None)
             # Another engine may listen there than the one that uses this plugin.
-            unheard = [pool for pool in ours if known and pool not in known and pool.engine is None]
+            unheard = [pool for pool in unknown if known and pool.engine is None]
             missing: list[tuple[_Pool, IPAddress | None]] = [(pool, None) for pool in unheard]
             for pool in {pool.network: pool for pool in known}.values():
                 addresses = self._network(pool).addresses
@@ -246,8 +250,8 @@ class PoolIpamDriver(IpamDriver):
     def _remember(self, pool: _Pool, engine: str) -> None:
         self._asked_again.discard(pool.id)
         if pool.engine != engine:
-            key, part = self._network(pool).key, None if pool.part is None else str(pool.part)
-            self._database.write("UPDATE pools SET engine = ? WHERE network = ? AND part IS ?", (engine, key, part))
+            where = self._network(pool).key, pool.part_text
+            self._database.write("UPDATE pools SET engine = ? WHERE network = ? AND part IS ?", (engine, *where))
             pool.engine = engine
 
     def _take_back(self, pool: _Pool, address: IPAddress | None) -> None:
@@ -299,7 +303,7 @@ class PoolIpamDriver(IpamDriver):
         if known is None:
             statement = "INSERT INTO networks (space, network) VALUES (?, ?)"
             known = _Network(self._database.write(statement, (pool.space, str(pool.network))), addresses)
-        values = known.key, None if pool.part is None else str(pool.part), msgspec.json.encode(dict(options)).decode()
+        values = known.key, pool.part_text, msgspec.json.encode(dict(options)).decode()
         statement = "INSERT INTO pools (network, part, options) VALUES (?, ?, ?)"
         self._database.write(statement, values, synced=True)
         self._networks[where] = known
@@ -315,8 +319,8 @@ class PoolIpamDriver(IpamDriver):
             self._drop_pool(pool)
 
     def _drop_pool(self, pool: _Pool) -> None:
-        key, part = self._network(pool).key, None if pool.part is None else str(pool.part)
-        self._database.write("DELETE FROM pools WHERE network = ? AND part IS ?", (key, part), synced=True)
+        key = self._network(pool).key
+        self._database.write("DELETE FROM pools WHERE network = ? AND part IS ?", (key, pool.part_text), synced=True)
         del self._pools[pool.id]
         self._asked_again.discard(pool.id)
         self._missing.pop((pool.id, None), None)
@@ -426,7 +430,7 @@ def _lease(request: AddressRequest, options: PoolOptions) -> str | None:
         case Lease.MAC:
             return None if request.mac_address is None else str(request.mac_address)
         case Lease.NAME:
-            return request.options.get(_ENDPOINT_NAME)
+            return request.options.get(ENDPOINT_NAME)
         case Lease.NONE:
             return None
 

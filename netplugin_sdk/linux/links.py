@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -410,15 +410,9 @@ def _ensure_upon(ipr: Any, /, kind: str, name: str, parent: str, mac: str | None
     cannot = f"{kind} {name}: cannot create on {parent}"
     index = _master(cannot, parent)
     try:
-        try:
-            ipr.link("add", kind=kind, ifname=name, link=index, **attributes, **_given(address=mac))
-        except NetlinkError as error:
-            if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
-                raise
-            if _kind(there) != kind or there.get("link") != index:
-                raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
-            if mac is not None and there.get("address") != mac.lower():
-                ipr.link("set", index=there["index"], address=mac)
+        there = _add(ipr, cannot, kind, name, {"link": index}, link=index, **attributes, **_given(address=mac))
+        if there is not None and mac is not None and there.get("address") != mac.lower():
+            ipr.link("set", index=there["index"], address=mac)
     except NetlinkError as error:
         raise LinkError(cannot, error) from error
 
@@ -427,19 +421,27 @@ def _ensure_vxlan(ipr: Any, name: str, vni: int, *, master: str | None, port: in
     cannot = f"vxlan {name}: cannot create with identifier {vni}"
     port_of = None if master is None else _master(cannot, master)
     try:
-        try:
-            ipr.link(
-                "add", kind="vxlan", ifname=name, vxlan_id=vni, vxlan_port=port, vxlan_learning=0, **_given(mtu=mtu)
-            )
-        except NetlinkError as error:
-            if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
-                raise
-            found = there.get(("linkinfo", "data", "vxlan_id"))
-            if _kind(there) != "vxlan" or found != vni:
-                raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
+        same = {("linkinfo", "data", "vxlan_id"): vni}
+        attributes = {"vxlan_id": vni, "vxlan_port": port, "vxlan_learning": 0, **_given(mtu=mtu)}
+        _add(ipr, cannot, "vxlan", name, same, **attributes)
         ipr.link("set", index=_index(name), state="up", **_given(master=port_of))
     except NetlinkError as error:
         raise LinkError(cannot, error) from error
+
+
+def _add(
+    ipr: Any, cannot: str, kind: str, name: str, same: Mapping[Any, object], /, **attributes: object
+) -> Any | None:
+    """None if it is new; else what is there, if it is of this kind and what tells one from another is the same."""
+    try:
+        ipr.link("add", kind=kind, ifname=name, **attributes)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST or (there := _get(ipr, name)) is None:
+            raise
+        if _kind(there) != kind or any(there.get(attribute) != value for attribute, value in same.items()):
+            raise Conflict(f"{cannot}: {_a(_kind(there))} interface has this name") from None
+        return there
+    return None
 
 
 def _attach(ipr: Any, name: str, master: str) -> bool:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,21 +84,9 @@ class Lab:
             sandbox.connect(network)
         return sandboxes
 
-    @contextmanager
-    def served(self, plugin: Plugin) -> Iterator[Path]:
+    def served(self, plugin: Plugin) -> AbstractContextManager[Path]:
         """A plugin on a unix socket, served by a thread: for what asks it as an engine does."""
-        from netplugin_sdk import Server  # noqa: PLC0415
-
-        path = self.folder / f"{len(list(self.folder.glob('*.sock')))}.sock"
-        with Server(plugin) as server:
-            server.listen_unix(path)
-            thread = threading.Thread(target=server.run)
-            thread.start()
-            try:
-                yield path
-            finally:
-                server.stop()
-                thread.join()
+        return serving(plugin, self.folder / f"{len(list(self.folder.glob('*.sock')))}.sock")
 
     def conformance(self, *drivers: NetworkDriver[Any] | IpamDriver, **subject: Any) -> Report:
         """All checks of `netplugin_sdk.testing.conformance`; `subject` are further arguments of `Subject`."""
@@ -121,18 +110,33 @@ class Lab:
             self._outside = Namespace.create(self.folder / "outside")
             self._closing.callback(self._outside.remove)
             links.ensure_veth("uplink", "far")
-            host = Namespace.create(self.folder / "host", fresh=False)
-            self._closing.callback(host.remove)
             for address in (HOST, HOST_IPV6):
-                host.run("ip", "address", "add", address, "dev", "uplink", *(["nodad"] if ":" in address else []))
+                nodad = ["nodad"] if ":" in address else []
+                subprocess.run(["ip", "address", "add", address, "dev", "uplink", *nodad], check=True)
             self._outside.take("far", "eth0", map(ip_interface, (OUTSIDE, OUTSIDE_IPV6)))
         return self._outside
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    """A host of the test's own. It needs root; without, the test is skipped."""
-    from netplugin_sdk.linux import firewall, links, namespaces, ports  # noqa: PLC0415
+@contextmanager
+def serving(plugin: Plugin, path: Path) -> Iterator[Path]:
+    """A plugin on this unix socket, served by a thread."""
+    from netplugin_sdk import Server  # noqa: PLC0415
+
+    with Server(plugin) as server:
+        server.listen_unix(path)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            yield path
+        finally:
+            server.stop()
+            thread.join()
+
+
+@contextmanager
+def own_namespace() -> Iterator[None]:
+    """A new network namespace around this thread, with the loopback up. Where it cannot be had, the test is skipped."""
+    from netplugin_sdk.linux import links, namespaces  # noqa: PLC0415
 
     if missing := [tool for tool in ("ip", "nsenter", "unshare") if not shutil.which(tool)]:
         pytest.skip(f"not installed: {', '.join(missing)} (packages iproute2, util-linux)")
@@ -142,19 +146,28 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         namespaces.unshare()
     except OSError as error:
         os.close(home)
-        pytest.skip(f"cannot make a network namespace (it needs root): {error.strerror}")
-    made = Lab(tmp_path)
+        pytest.skip(f"cannot make a network namespace (CAP_SYS_ADMIN is missing): {error.strerror}")
     try:
         namespaces.up("lo")
-        yield made
+        yield
     finally:
+        links.close()
+        namespaces.enter(f"/proc/self/fd/{home}")
+        os.close(home)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A host of the test's own. It needs root; without, the test is skipped."""
+    from netplugin_sdk.linux import firewall, ports  # noqa: PLC0415
+
+    with own_namespace():
         try:
-            made.close()
+            with closing(Lab(tmp_path)) as made:
+                yield made
         finally:
-            for module in (ports, firewall, links):
-                module.close()
-            namespaces.enter(f"/proc/self/fd/{home}")
-            os.close(home)
+            ports.close()
+            firewall.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -174,14 +187,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("docker_engine", versions, indirect=True, scope="session")
 
 
-@pytest.fixture(scope="session")
-def docker_engine(request: pytest.FixtureRequest) -> Iterator[PrivateEngine]:
-    """A real Docker Engine in namespaces of its own, for all tests; start a plugin beside it with `start_plugin`."""
+def running_engine(version: str) -> Iterator[PrivateEngine]:
+    """A real Docker Engine, for a fixture. Where it cannot be had, the test is skipped."""
     from netplugin_sdk.testing.engine import EngineUnavailable, PrivateEngine  # noqa: PLC0415
 
     try:
-        engine = PrivateEngine(request.param)
+        engine = PrivateEngine(version)
     except EngineUnavailable as error:
         pytest.skip(str(error))
     with engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def docker_engine(request: pytest.FixtureRequest) -> Iterator[PrivateEngine]:
+    """A real Docker Engine in namespaces of its own, for all tests; start a plugin beside it with `start_plugin`."""
+    yield from running_engine(request.param)

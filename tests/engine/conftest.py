@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from netplugin_sdk.testing.engine import VERSIONS, EngineUnavailable, PrivateEngine, Process, require, wait_until
+from netplugin_sdk.testing.kit import running_engine
 
 MYPLUGIN = (sys.executable, "-m", "myplugin")
 
@@ -34,12 +35,7 @@ def version(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def engine(request: pytest.FixtureRequest) -> Iterator[PrivateEngine]:
     """A running engine."""
-    try:
-        engine = PrivateEngine(request.param)
-    except EngineUnavailable as error:
-        pytest.skip(str(error))
-    with engine:
-        yield engine
+    yield from running_engine(request.param)
 
 
 @pytest.fixture

@@ -9,30 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from netplugin_sdk.linux import firewall, links
+from netplugin_sdk.linux import firewall
+from netplugin_sdk.testing.kit import own_namespace
 
-from .lab import SYSCTLS, Namespace, current, run, setns, unshare
+from .lab import SYSCTLS, Namespace, run
 
 
 @pytest.fixture
 def netns() -> Iterator[None]:
     """A fresh network namespace around the test, with the loopback up; the code under test works in it."""
-    if missing := [tool for tool in ("ip", "nsenter") if not shutil.which(tool)]:
-        pytest.skip(f"not installed: {', '.join(missing)} (packages iproute2, util-linux)")
-    home = current()
-    links.close()
-    try:
-        unshare()
-    except OSError as error:
-        os.close(home)
-        pytest.skip(f"cannot make a network namespace (CAP_SYS_ADMIN is missing): {error.strerror}")
-    try:
-        run("ip", "link", "set", "lo", "up")
+    with own_namespace():
         yield
-    finally:
-        links.close()
-        setns(home)
-        os.close(home)
 
 
 @pytest.fixture

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from netplugin_sdk.linux import namespaces
+from netplugin_sdk.linux.namespaces import unshare
 
 T = TypeVar("T")
 
 SYSCTLS = Path("/proc/sys/net")
-_CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def unshare() -> None:
-    """Give this thread a network namespace of its own (os.unshare is new in Python 3.12)."""
-    if _libc.unshare(_CLONE_NEWNET):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def setns(fd: int) -> None:
-    """Put this thread into the network namespace that `fd` is open on."""
-    if _libc.setns(fd, _CLONE_NEWNET):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def current() -> int:
-    """A descriptor of this thread's network namespace."""
-    return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
 
 def run(*argv: str) -> str:
@@ -50,20 +31,16 @@ class Namespace:
     def __init__(self) -> None:
         def make() -> int:
             unshare()
-            return current()
+            return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
-        self.fd = _in_thread(make)
+        with ThreadPoolExecutor(1) as thread:  # a namespace belongs to a thread
+            self.fd = thread.submit(make).result()
         self.path = f"/proc/{os.getpid()}/fd/{self.fd}"
         self.run("ip", "link", "set", "lo", "up")
 
     def call(self, function: Callable[[], T]) -> T:
         """Run it in a thread inside. A socket that it makes stays inside."""
-
-        def inside() -> T:
-            setns(self.fd)
-            return function()
-
-        return _in_thread(inside)
+        return namespaces.Namespace(self.path).call(function)
 
     def run(self, *argv: str) -> str:
         return run("nsenter", f"--net={self.path}", *argv)
@@ -88,22 +65,3 @@ class Namespace:
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-def _in_thread(function: Callable[[], T]) -> T:
-    """In a thread of its own, since a namespace belongs to a thread."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]

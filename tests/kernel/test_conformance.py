@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +33,6 @@ from netplugin_sdk import (
     NetworkDriver,
     Plugin,
     Sandbox,
-    Server,
 )
 from netplugin_sdk.calls import Call
 from netplugin_sdk.ipam import PoolIpamDriver
@@ -41,6 +40,7 @@ from netplugin_sdk.linux import firewall, links, ports
 from netplugin_sdk.plugin import Answer
 from netplugin_sdk.testing.conformance import CHECKS, Group, Outcome, Report, Subject, run
 from netplugin_sdk.testing.engine import listens, wait_until
+from netplugin_sdk.testing.kit import serving
 
 from .lab import run as command
 
@@ -529,20 +529,6 @@ class Running:
         return Subject(f"unix://{self.socket}", restart=self.restart)
 
 
-@contextmanager
-def serving(plugin: Plugin, folder: Path) -> Iterator[Path]:
-    path = folder / "plugin.sock"
-    with Server(plugin) as server:
-        server.listen_unix(path)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield path
-        finally:
-            server.stop()
-            thread.join()
-
-
 # ---------------------------------------------------------------------------------------------------------------- tests
 
 
@@ -572,7 +558,7 @@ def test_every_check_has_a_plugin_that_fails_it() -> None:
 def test_wrong_answers_are_caught(check: str, tmp_path: Path) -> None:
     plugin = Wrong(Paper(), PoolIpamDriver())
     plugin.wrong = WRONG[check]()
-    with plugin, serving(plugin, tmp_path) as path:
+    with plugin, serving(plugin, tmp_path / "plugin.sock") as path:
         is_exact(run(Subject(f"unix://{path}", data_plane=False)), check)
 
 
@@ -601,7 +587,7 @@ def test_what_a_plugin_forgets_is_caught(check: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("check", list(WRONG_DRIVERS))
 def test_wrong_links_are_caught(check: str, tmp_path: Path) -> None:
     try:
-        with Plugin(WRONG_DRIVERS[check]()) as plugin, serving(plugin, tmp_path) as path:
+        with Plugin(WRONG_DRIVERS[check]()) as plugin, serving(plugin, tmp_path / "plugin.sock") as path:
             is_exact(run(Subject(f"unix://{path}")), check)
     finally:
         ports.close()
@@ -706,7 +692,7 @@ def test_reports(tmp_path: Path) -> None:
     plugin = Wrong(Paper())
     plugin.wrong = WRONG["readable-error"]()
     told: list[str] = []
-    with plugin, serving(plugin, tmp_path) as path:
+    with plugin, serving(plugin, tmp_path / "plugin.sock") as path:
         report = run(Subject(f"unix://{path}", data_plane=False), told=lambda result: told.append(result.check.id))
     assert told == list(CHECKS)
     skipped = sum(result.outcome is Outcome.SKIPPED for result in report.results)

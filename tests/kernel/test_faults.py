@@ -32,9 +32,10 @@ from typing import Any
 
 import pytest
 
+from netplugin_sdk.linux.namespaces import unshare
 from netplugin_sdk.testing.engine import listens, wait_until
 
-from .lab import SYSCTLS, Namespace, run, unshare
+from .lab import SYSCTLS, Namespace, run
 
 KILL_AT = Path(__file__).parents[1] / "faults" / "kill_at.py"
 PROGRAM = """

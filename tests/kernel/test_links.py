@@ -13,8 +13,9 @@ import pytest
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
+from netplugin_sdk.linux.namespaces import unshare
 
-from .lab import Namespace, run, unshare
+from .lab import Namespace, run
 
 pytestmark = pytest.mark.usefixtures("netns")
 

@@ -12,9 +12,10 @@ from contextlib import suppress
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
+from netplugin_sdk import messages
 from netplugin_sdk.errors import DriverError
 from netplugin_sdk.linux import links
-from netplugin_sdk.testing.conformance.session import Answer, Failed, Group, Made, Session, check, expect
+from netplugin_sdk.testing.conformance.session import Failed, Group, Made, Session, check, expect
 
 # What checks need beside the plugin: others that it has passed, so that what is reported is the cause.
 _DRIVER = ("NetworkDriver",)
@@ -61,7 +62,7 @@ def _(session: Session) -> None:
 )
 def _(session: Session) -> None:
     """The driver says whether its networks are of this host or of the swarm."""
-    content = _content(session.post("/NetworkDriver.GetCapabilities", b""))
+    content = session.post("/NetworkDriver.GetCapabilities", b"").content
     expect(content.get("Scope") in ("local", "global"), f"Scope is {content.get('Scope')!r}: local or global")
     connectivity = content.get("ConnectivityScope") or "local"
     expect(connectivity in ("local", "global"), f"ConnectivityScope is {connectivity!r}: local, global or empty")
@@ -409,7 +410,7 @@ def _(session: Session) -> None:
     """An error is one line of text in the field Err."""
     request = session.new_endpoint(session.network()).joining
     answer = session.ask("Join", **request)
-    said = _content(answer).get("Err") if answer.error else "an unknown endpoint is joined"
+    said = answer.content.get("Err") if answer.error else "an unknown endpoint is joined"
     if not answer.error:
         return  # another check says so
     expect(isinstance(said, str) and said, f"there is no Err in {answer.body[:200]!r}")
@@ -528,7 +529,7 @@ def _(session: Session) -> None:
 )
 def _(session: Session) -> None:
     """The IPAM driver names its address spaces, and says what it wants."""
-    for name, value in _content(session.post("/IpamDriver.GetCapabilities", b"")).items():
+    for name, value in session.post("/IpamDriver.GetCapabilities", b"").content.items():
         if name.startswith("Requires"):
             expect(isinstance(value, bool), f"{name} is {value!r}: true or false")
     expect(_space(session), "LocalDefaultAddressSpace is empty")
@@ -611,11 +612,11 @@ def _(session: Session) -> None:
 def _(session: Session) -> None:
     """The gateway's address is given to nobody else, and an address is given where Options is null."""
     pool = _pool(session, "10.214.4.0/29")
-    options = {"RequestAddressType": "com.docker.network.gateway"}
-    gateway = session.call("IpamDriver.RequestAddress", PoolID=pool["PoolID"], Address="", Options=options)["Address"]
+    asked = {"PoolID": pool["PoolID"], "Address": ""}
+    gateway = session.call("IpamDriver.RequestAddress", **asked, Options=messages.GATEWAY)["Address"]
     others = [_address(session, pool, mac=f"02:42:00:00:00:{n:02x}") for n in range(4)]
     expect(ip_interface(gateway) not in others, f"the gateway's {gateway} is given out again")
-    session.call("IpamDriver.RequestAddress", PoolID=pool["PoolID"], Address="", Options=None)
+    session.call("IpamDriver.RequestAddress", **asked, Options=None)
 
 
 @check(
@@ -739,10 +740,6 @@ def _(session: Session) -> None:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _content(answer: Answer) -> dict[str, Any]:
-    return answer.content
-
-
 def _parsed(parse: Callable[[str], Any], text: object, what: str) -> Any:
     try:
         return parse(str(text))
@@ -765,7 +762,7 @@ def _at_once(life: Callable[[int], Any], number: int) -> list[Any]:
 
 
 def _space(session: Session) -> str:
-    spaces = _content(session.post("/IpamDriver.GetDefaultAddressSpaces", b""))
+    spaces = session.post("/IpamDriver.GetDefaultAddressSpaces", b"").content
     return str(spaces.get("LocalDefaultAddressSpace") or "")
 
 
@@ -778,7 +775,7 @@ def _pool(session: Session, pool: str) -> dict[str, Any]:
 
 
 def _mac(mac: str) -> dict[str, str]:
-    return {"com.docker.network.endpoint.macaddress": mac}
+    return {messages.MAC_ADDRESS: mac}
 
 
 def _address(session: Session, pool: dict[str, Any], *, mac: str, address: str = "") -> Any:

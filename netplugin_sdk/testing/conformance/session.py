@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from netplugin_sdk import messages
 from netplugin_sdk.cnm import NetworkController, RemoteError, RemotePlugin, Subnet
 from netplugin_sdk.cnm.remote import ACCEPT, TLS, Address, Patience
 from netplugin_sdk.errors import DriverError, Unavailable
@@ -256,12 +257,12 @@ class Session:
         """One that is not created yet, and is removed if it is."""
         made = Made(secrets.token_hex(32))
         options: dict[str, Any] = {
-            "com.docker.network.enable_ipv4": True,
-            "com.docker.network.enable_ipv6": False,
-            "com.docker.network.generic": dict(self.subject.options),
+            messages.ENABLE_IPV4: True,
+            messages.ENABLE_IPV6: False,
+            messages.GENERIC: dict(self.subject.options),
         }
         if internal:
-            options["com.docker.network.internal"] = True
+            options[messages.INTERNAL] = True
         data = {"AddressSpace": "", "Pool": "0.0.0.0/0"}
         if self.subject.subnets:
             with self._guard:
@@ -284,7 +285,7 @@ class Session:
         with self._guard:
             address = f"{network.host(next(network.hosts))}/24" if network.subnet else ""
         interface = {"Address": address, "AddressIPv6": "", "MacAddress": ""}
-        options: dict[str, Any] = {"com.docker.network.endpoint.exposedports": [], "com.docker.network.portmap": []}
+        options: dict[str, Any] = {messages.EXPOSED_PORTS: [], messages.PORT_MAP: []}
         made.ids = {"NetworkID": network.id, "EndpointID": made.id}
         made.request = {**made.ids, "Interface": interface, "Options": options}
         self.later("DeleteEndpoint", **made.ids)
