@@ -1,0 +1,40 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from netplugin_sdk.cnm import remote
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+class PluginAddress(click.ParamType):
+    """Where a plugin listens, as Docker's name of it, the path of its socket, or a URL."""
+
+    name = "plugin"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> remote.Address:
+        """A `remote.Address`. A name is looked up in Docker's folders; what is not there is a usage error."""
+        if isinstance(value, remote.Address):
+            return value
+        if "://" in value:
+            return remote.Address(value, value)
+        if "/" in value:
+            path = Path(value).absolute()
+            if not path.is_socket():
+                self.fail(f"there is no socket {path}", param, ctx)
+            return remote.Address(path.stem, f"unix://{path}")
+        try:
+            return remote.find(value)
+        except remote.PluginNotFound as error:
+            names = ", ".join(sorted(set(remote.installed())))
+            self.fail(f"{error}; {f'there are {names}' if names else 'there are none'}", param, ctx)
+
+
+def plugin_argument(name: str = "plugin") -> Any:
+    """The argument that says which plugin: NAME, a socket, or a URL."""
+    return click.argument(name, type=PluginAddress(), metavar="PLUGIN")
