@@ -36,7 +36,7 @@ class _Lazy(click.Group):
             from difflib import get_close_matches  # noqa: PLC0415
 
             if close := get_close_matches(args[0], _COMMANDS, n=1):
-                error.message += f" Did you mean {close[0]!r}?"
+                raise click.UsageError(f"{error.message} Did you mean {close[0]!r}?", ctx) from None
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ def _list(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
 
 
 @click.command(short_help="Hold a plugin against Docker's contract.")
-@plugin_argument()
+@plugin_argument
 @click.option("-o", "--opt", "options", multiple=True, metavar="NAME=VALUE", help="Driver option of each network.")
 @click.option(
     "--subnets",
@@ -104,7 +105,7 @@ def check(
 
 
 def _is_terminal() -> bool:
-    return click.get_text_stream("stdout").isatty()
+    return sys.stdout.isatty()
 
 
 def _chosen(only: Iterable[str]) -> list[Check]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from netplugin_sdk.cnm import remote
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-class PluginAddress(click.ParamType):
+class PluginAddress(click.ParamType[remote.Address]):
     """Where a plugin listens, as Docker's name of it, the path of its socket, or a URL."""
 
     name = "plugin"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> remote.Address:
+    def convert(
+        self, value: str | remote.Address, param: click.Parameter | None, ctx: click.Context | None
+    ) -> remote.Address:
         """A `remote.Address`. A name is looked up in Docker's folders; what is not there is a usage error."""
         if isinstance(value, remote.Address):
             return value
@@ -35,6 +40,6 @@ class PluginAddress(click.ParamType):
             self.fail(f"{error}; {f'there are {names}' if names else 'there are none'}", param, ctx)
 
 
-def plugin_argument(name: str = "plugin") -> Any:
-    """The argument that says which plugin: NAME, a socket, or a URL."""
-    return click.argument(name, type=PluginAddress(), metavar="PLUGIN")
+def plugin_argument(command: _F) -> _F:
+    """The argument `plugin` of a command: a name, a socket, or a URL."""
+    return click.argument("plugin", type=PluginAddress(), metavar="PLUGIN")(command)
