@@ -1,0 +1,161 @@
+"""What the documentation shows is what happens: every console block of a page is run on a real engine.
+
+A page is a session of one shell, as root on the engine's host, in a folder of its own. A block after ``<!-- file: NAME
+-->`` is written to that file, a diff after ``<!-- change: NAME -->`` changes it; of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end
+goes on with the next line), and what it prints must be what stands below it. Ids, times and process ids may be others,
+and ``…`` stands for anything. ``<!-- not run: REASON -->`` leaves a block out.
+
+``NETPLUGIN_DOCS=write`` writes what came into the page, for a reader to look at, where it is not what stands there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from netplugin_sdk.testing.engine import PrivateEngine, wait_until
+
+from .conftest import remove_all, state_of
+from .test_minimal import source
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "```console\n" in page.read_text())
+
+VARIABLE = (  # what differs from run to run, and what is shown instead
+    (r"\b[0-9a-f]{64}\b", "ID"),
+    (r"\b[0-9a-f]{12}\b", "ID"),
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME"),
+    (r"\b(ms|time|in|pid)([= ])[\d.]+", r"\1\2NUMBER"),
+    (r"= [\d.]+(/[\d.]+)+ ms", "= TIMES ms"),
+    (r"(@if|^)\d+(?=[:\W])", r"\1INDEX"),
+    (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
+)
+# bash says so in a script; to a terminal it says `[1]+ Killed`.
+KILLED = re.compile(r"^\S+: line \d+: +\d+ (Killed|Terminated) .*\n", re.MULTILINE)
+
+
+@dataclass(eq=False)
+class Command:
+    text: str
+    shown: str
+    came: str = ""
+
+    def as_shown(self) -> bool:
+        wanted = re.escape(same_for_all(self.shown)).replace("…", ".*")
+        return re.fullmatch(wanted, same_for_all(self.came), re.DOTALL) is not None
+
+
+def same_for_all(text: str) -> str:
+    for pattern, instead in VARIABLE:
+        text = re.sub(pattern, instead, text, flags=re.MULTILINE)
+    return re.sub(r"[ \t]+", " ", text).strip()
+
+
+def commands(block: str) -> list[Command]:
+    found: list[Command] = []
+    continued = False
+    for line in block.splitlines(keepends=True):
+        if continued:
+            found[-1].text += line
+        elif line.startswith("$ "):
+            found.append(Command(line[2:], ""))
+        else:
+            found[-1].shown += line
+            continue
+        continued = line.endswith("\\\n")
+    return found
+
+
+def changed(text: str, diff: str) -> str:
+    lines = diff.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] != left_out) for left_out in "+-")
+    assert text.count(old) == 1, f"the change does not fit: {diff}"
+    return text.replace(old, new)
+
+
+def session(page: str) -> tuple[list[str], list[Command]]:
+    """The shell script of a page, and its commands in order."""
+    script, run, files = ["exec 2>&1"], list[Command](), dict[str, str]()
+    for block in BLOCK.finditer(page):
+        marker = block["marker"] or ""
+        if marker.startswith("not run: "):
+            continue
+        if marker.startswith(("file: ", "change: ")):
+            kind, name = marker.split(": ")
+            files[name] = block["text"] if kind == "file" else changed(files[name], block["text"])
+            script.append(f"mkdir -p $(dirname {name})\ncat > {name} <<'END OF FILE'\n{files[name]}END OF FILE")
+        elif block["language"] == "console":
+            for command in commands(block["text"]):
+                # Beside what it starts in the background, which keeps what is open.
+                script.append(f"printf '\\036'\n{command.text.rstrip()}")
+                run.append(command)
+    script.append("printf '\\036'\nkill $(jobs -p) 2>/dev/null; wait")
+    return script, run
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SDK's wheel, made from here, and all that it and pytest need: a lab has no way to PyPI."""
+    folder = tmp_path_factory.mktemp("wheels")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", folder, ROOT, "pytest"], check=True)
+    return folder
+
+
+@pytest.fixture
+def nothing_left(engine: PrivateEngine) -> Iterator[None]:
+    before = state_of(engine)
+    yield
+    remove_all(engine)
+    wait_until(lambda: state_of(engine) == before, 5)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("name", PAGES, ids=str)
+def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, name: Path) -> None:
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text('#!/bin/sh\nexec nsenter --target="$(cat /run/engine.pid)" --mount docker "$@"\n')
+    docker.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    page = (DOCS / name).read_text()
+    script, run = session(page)
+    (tmp_path / "script").write_text("\n".join(script) + "\n")
+    environment = (
+        f"PATH={docker.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PIP_NO_INDEX=1",
+        f"PIP_FIND_LINKS={wheels}",
+        "COLUMNS=100",
+    )
+    start = ["env", f"--chdir={work}", *environment, "bash", "--norc", str(tmp_path / "script")]
+    said = KILLED.sub("", engine.run(start, timeout=300).stdout)
+    for command, came in zip(run, said.split("\036")[1:], strict=False):
+        command.came = came
+    wrong = [command for command in run if not command.as_shown()]
+    if os.environ.get("NETPLUGIN_DOCS") == "write":
+        place = 0
+        for command in run:
+            place = page.index(f"$ {command.text}{command.shown}", place) + len(f"$ {command.text}")
+            if command in wrong:
+                page = page[:place] + command.came.rstrip("\n") + "\n" + page[place + len(command.shown) :]
+        (DOCS / name).write_text(page)
+    assert not wrong, "\n".join(f"$ {one.text}--- shown\n{one.shown}--- came\n{one.came}" for one in wrong)
+
+
+def test_the_tutorial_ends_with_the_driver_of_the_readme() -> None:
+    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / "tutorial.md").read_text())}
+    assert files["file: l2.py"] == source()
+
+
+def test_the_tutorial_begins_with_examples_null() -> None:
+    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / "tutorial.md").read_text())}
+    assert files["file: nullnet.py"] == (ROOT / "examples" / "null" / "nullnet.py").read_text()
