@@ -1,18 +1,135 @@
-"""How Sphinx builds the documentation: `make docs`."""
+"""How Sphinx builds the documentation: `make docs`. Nothing is fetched, and the pages fetch nothing."""
+
+from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
+import re
+from types import ModuleType
+from typing import Any, TypeVar
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+from sphinx.util.nodes import make_refnode
+
+import netplugin_sdk
+from netplugin_sdk import cnm
+from netplugin_sdk.linux import namespaces
+from netplugin_sdk.testing import conformance, engine, kit
 
 project = "netplugin_sdk"
 author = "the netplugin_sdk authors"
-release = importlib.metadata.version("netplugin-sdk")
+version = release = importlib.metadata.version("netplugin-sdk")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
-exclude_patterns = ["_build"]
-default_role = "py:obj"  # a name in single backticks, as in our docstrings
+default_role = "py:obj"  # in our docstrings a name stands in single backticks
 nitpicky = True
-html_theme = "furo"
 
+html_theme = "furo"
+html_title = "netplugin_sdk"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_show_copyright = False
+html_copy_source = False
+html_show_sourcelink = False
+
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.xref_ambiguous"]
+
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 76
 napoleon_numpy_docstring = False
+
+nitpick_ignore = [  # in signatures, and not for authors
+    ("py:class", "netplugin_sdk.calls.Call"),
+    ("py:class", "netplugin_sdk.cnm.registry.Driver"),
+    ("py:class", "netplugin_sdk.testing.conformance.session.Exchange"),
+    ("py:class", "netplugin_sdk.testing.conformance.session.Session"),
+    ("py:class", "StartResponse"),
+    ("py:class", "WSGIEnvironment"),
+]
+
+# Its annotations are of what it imports for a type checker only.
+vars(kit).update(vars(netplugin_sdk), NetworkController=cnm.NetworkController, Namespace=namespaces.Namespace)
+vars(kit).update(Network=cnm.Network, Sandbox=cnm.Sandbox, Report=conformance.Report, PrivateEngine=engine.PrivateEngine)
+
+
+def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
+    """What a name in backticks is, where Sphinx does not find it as it stands.
+
+    A public name is documented where authors import it from; a docstring may name it by where it is defined, or by its
+    end, and a field is described with its class. What begins with a small letter and is no name of ours is a
+    parameter or a program: shown as it is. Names of others are not linked, since nothing is fetched. Any other name is
+    a mistake, and Sphinx says so.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target: str = node["reftarget"].lstrip(".~")
+    for name in (target, target.rpartition(".")[0]):  # itself, or its class
+        if found := _documented(env, name):
+            place = env.domaindata["py"]["objects"][found]
+            return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, content, found)
+    return content if _is_no_name(node["reftype"], target) or _is_elsewhere(target) else None
+
+
+def _documented(env: BuildEnvironment, target: str) -> str | None:
+    """The full name by which something is documented; the shortest, if its end is that of several."""
+    ends = [f".{target}"]
+    if target.startswith("netplugin_sdk."):
+        ends.append("." + target.rpartition(".")[2])  # imported from another module than it is defined in
+    found = [name for name in env.domaindata["py"]["objects"] if name.endswith(tuple(ends))]
+    if target.islower() and "." not in target:  # not whatever method is called so: one of a driver's
+        found = [name for name in found if "Driver." in name]
+    return min(found, key=lambda name: (name.count("."), name), default=None) if target else None
+
+
+def _is_no_name(kind: str, target: str) -> bool:
+    return kind == "obj" and re.fullmatch(r"[A-Z_]+|[a-z_][a-z_0-9]*|[^A-Za-z_].*|.*[ =].*", target) is not None
+
+
+def _is_elsewhere(target: str) -> bool:
+    """Whether it is a name of somebody else, a type variable, or a module that authors do not import."""
+    for name in (target, *(f"{module}.{target}" for module in ("builtins", "contextlib", "msgspec", "socket"))):
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        return isinstance(found, TypeVar | ModuleType) or not name.startswith("netplugin_sdk")
+    return False
+
+
+def _indented(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """An indented paragraph of a docstring is an example: to reStructuredText it would be a quotation."""
+    for number in range(len(lines) - 1, 1, -1):
+        before, blank, line = lines[number - 2 : number + 1]
+        if line.startswith("    ") and not blank and before[:1].strip() and not before.startswith("- "):
+            if not before.endswith("::"):
+                lines[number:number] = ["::", ""]
+
+
+def _signature(
+    _app: Sphinx, what: str, name: str, _object: object, _options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Networks, endpoints and sandboxes are given to drivers, who do not make them; defaults are as one writes them."""
+    given = {f"netplugin_sdk.{place}{kind}" for place in ("", "cnm.") for kind in ("Network", "Endpoint", "Sandbox")}
+    if what == "class" and name in {*given, "netplugin_sdk.Rest"}:
+        return "", None
+    return re.sub(r"<(?:([\w.]+):)?[^>]*>", lambda default: default[1] or "...", signature or "") or signature, returns
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("missing-reference", _find)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _indented, priority=400)  # before Napoleon
+    # Napoleon takes what stands before a colon in an attribute's docstring for its type.
+    napoleon: Any = GoogleDocstring
+    napoleon._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))

@@ -127,7 +127,8 @@ class NetworkController:
     Args:
         drivers: plugins in this process, by the names that networks use; each may serve networks, addresses or both.
             Beside them there are ``null``, ``host``, ``macvlan``, ``ipvlan`` and ``overlay`` (on one host), those of
-            packages that are installed (`drivers.GROUP`), and the IPAM driver ``default``, a `PoolIpamDriver`.
+            packages that are installed (entry points ``netplugin_sdk.drivers``), and the IPAM driver ``default``, a
+            `PoolIpamDriver`.
         find: finds every other driver by its name; by default as an engine finds plugins.
         engine: the version to speak like.
         folder: for what it must remember, and the files of sandboxes. A controller that is made with it again, by

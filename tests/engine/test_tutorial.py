@@ -28,6 +28,7 @@ from .test_minimal import source
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+TUTORIAL = Path("tutorial.md")
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "```console\n" in page.read_text())
 
 VARIABLE = (  # what differs from run to run, and what is shown instead
@@ -82,8 +83,8 @@ def changed(text: str, diff: str) -> str:
     return text.replace(old, new)
 
 
-def session(page: str) -> tuple[list[str], list[Command]]:
-    """The shell script of a page, and its commands in order."""
+def session(page: str) -> tuple[list[str], list[Command], dict[str, str]]:
+    """The shell script of a page, its commands in order, and what its files are in the end."""
     script, run, files = ["exec 2>&1"], list[Command](), dict[str, str]()
     for block in BLOCK.finditer(page):
         marker = block["marker"] or ""
@@ -99,7 +100,7 @@ def session(page: str) -> tuple[list[str], list[Command]]:
                 script.append(f"printf '\\036'\n{command.text.rstrip()}")
                 run.append(command)
     script.append("printf '\\036'\nkill $(jobs -p) 2>/dev/null; wait")
-    return script, run
+    return script, run, files
 
 
 @pytest.fixture(scope="session")
@@ -127,8 +128,10 @@ def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, name: Path)
     docker.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
+    if name != TUTORIAL:  # the other pages use what has been written in it
+        (work / "l2.py").write_text(session((DOCS / TUTORIAL).read_text())[2]["l2.py"])
     page = (DOCS / name).read_text()
-    script, run = session(page)
+    script, run, _ = session(page)
     (tmp_path / "script").write_text("\n".join(script) + "\n")
     environment = (
         f"PATH={docker.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -152,10 +155,10 @@ def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, name: Path)
 
 
 def test_the_tutorial_ends_with_the_driver_of_the_readme() -> None:
-    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / "tutorial.md").read_text())}
+    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / TUTORIAL).read_text())}
     assert files["file: l2.py"] == source()
 
 
 def test_the_tutorial_begins_with_examples_null() -> None:
-    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / "tutorial.md").read_text())}
+    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / TUTORIAL).read_text())}
     assert files["file: nullnet.py"] == (ROOT / "examples" / "null" / "nullnet.py").read_text()
