@@ -1,5 +1,6 @@
 # make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host, or none: without Docker)
 # make test   every check and every test, real engines included
+# make docs   build the documentation to build/docs, and hold it against itself: links, names, code (20 seconds)
 # make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
@@ -8,7 +9,7 @@ ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml examples/dhcp/pyproject.toml
 
-.PHONY: demo test test-unit test-kernel lint audit bench bench-engine parity clean
+.PHONY: demo test test-unit test-kernel lint audit bench bench-engine docs parity clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +45,11 @@ lint: .venv/.dev
 
 audit: .venv/.dev
 	@tools/audit
+
+docs: .venv/.dev
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -b html -d build/doctrees docs build/docs
+	$(BIN)/python -m pytest --quiet tests/unit/test_docs.py $(PYTEST_ARGS)
+	@echo "build/docs/index.html"
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/dispatch.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import pkgutil
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -125,9 +126,17 @@ def _signature(
     return re.sub(r"<(?:([\w.]+):)?[^>]*>", lambda default: default[1] or "...", signature or "") or signature, returns
 
 
+def _included(_app: Sphinx, path: Path, _parent: str, content: list[str]) -> None:
+    """The README of an example is a page here, too: its links lead to pages, and what GitHub draws is a picture."""
+    text = content[0].replace("(../../README.md)", "(index.md)").replace("(../../docs/", "(")
+    picture = f"![What happens, call by call](pictures/{path.parent.name}.svg)\n"
+    content[0] = re.sub(r"^```mermaid\n.*?^```$", picture, text, flags=re.MULTILINE | re.DOTALL)
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", _find)
+    app.connect("include-read", _included)
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _indented, priority=400)  # before Napoleon
     # Napoleon takes what stands before a colon in an attribute's docstring for its type.

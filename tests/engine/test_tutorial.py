@@ -1,9 +1,9 @@
 """What the documentation shows is what happens: every console block of a page is run on a real engine.
 
-A page is a session of one shell, as root on the engine's host, in a folder of its own. A block after ``<!-- file: NAME
--->`` is written to that file, a diff after ``<!-- change: NAME -->`` changes it; of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end
-goes on with the next line), and what it prints must be what stands below it. Ids, times and process ids may be others,
-and ``…`` stands for anything. ``<!-- not run: REASON -->`` leaves a block out.
+A page is a session of one shell, as root on the engine's host, in a folder of its own, with the markers of unit/pages.py.
+Of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end goes on with the next line), and
+what it prints must be what stands below it. Ids, times and process ids may be others,
+and ``…`` stands for anything, or, on a line of its own, for any lines.
 
 ``NETPLUGIN_DOCS=write`` writes what came into the page, for a reader to look at, where it is not what stands there.
 """
@@ -22,14 +22,12 @@ import pytest
 
 from netplugin_sdk.testing.engine import PrivateEngine, wait_until
 
+from ..unit.pages import DOCS, PAGES, ROOT, blocks, files
 from .conftest import remove_all, state_of
 from .test_minimal import source
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-BLOCK = re.compile(r"(?:^<!-- (?P<marker>[^\n]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-TUTORIAL = Path("tutorial.md")
-PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md") if "```console\n" in page.read_text())
+TUTORIAL = DOCS / "tutorial.md"
+SESSIONS = [page for page in PAGES if any(one.language == "console" and not one.not_run for one in blocks(page))]
 
 VARIABLE = (  # what differs from run to run, and what is shown instead
     (r"\b[0-9a-f]{64}\b", "ID"),
@@ -51,7 +49,8 @@ class Command:
     came: str = ""
 
     def as_shown(self) -> bool:
-        wanted = re.escape(same_for_all(self.shown)).replace("…", ".*")
+        wanted = re.escape(same_for_all(self.shown))
+        wanted = re.sub(r"(?<=\n)…\\\n", r"(?:.*\n)?", wanted).replace("…", ".*")
         return re.fullmatch(wanted, same_for_all(self.came), re.DOTALL) is not None
 
 
@@ -76,31 +75,19 @@ def commands(block: str) -> list[Command]:
     return found
 
 
-def changed(text: str, diff: str) -> str:
-    lines = diff.splitlines(keepends=True)
-    old, new = ("".join(line[1:] for line in lines if line[0] != left_out) for left_out in "+-")
-    assert text.count(old) == 1, f"the change does not fit: {diff}"
-    return text.replace(old, new)
-
-
-def session(page: str) -> tuple[list[str], list[Command], dict[str, str]]:
-    """The shell script of a page, its commands in order, and what its files are in the end."""
-    script, run, files = ["exec 2>&1"], list[Command](), dict[str, str]()
-    for block in BLOCK.finditer(page):
-        marker = block["marker"] or ""
-        if marker.startswith("not run: "):
-            continue
-        if marker.startswith(("file: ", "change: ")):
-            kind, name = marker.split(": ")
-            files[name] = block["text"] if kind == "file" else changed(files[name], block["text"])
-            script.append(f"mkdir -p $(dirname {name})\ncat > {name} <<'END OF FILE'\n{files[name]}END OF FILE")
-        elif block["language"] == "console":
-            for command in commands(block["text"]):
-                # Beside what it starts in the background, which keeps what is open.
+def session(page: Path) -> tuple[list[str], list[Command]]:
+    """The shell script of a page, and its commands in order."""
+    script, run, made = ["exec 2>&1"], list[Command](), dict[str, str]()
+    for block in blocks(page):
+        if name := block.file or block.changes:
+            made[name] = block.text if block.file else block.applied_to(made[name])
+            script.append(f"cat > {name} <<'END OF FILE'\n{made[name]}END OF FILE")
+        elif block.language == "console" and not block.not_run:
+            for command in commands(block.text):
                 script.append(f"printf '\\036'\n{command.text.rstrip()}")
                 run.append(command)
     script.append("printf '\\036'\nkill $(jobs -p) 2>/dev/null; wait")
-    return script, run, files
+    return script, run
 
 
 @pytest.fixture(scope="session")
@@ -120,18 +107,17 @@ def nothing_left(engine: PrivateEngine) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("name", PAGES, ids=str)
-def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, name: Path) -> None:
+@pytest.mark.parametrize("page", SESSIONS, ids=lambda page: page.stem)
+def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, page: Path) -> None:
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.write_text('#!/bin/sh\nexec nsenter --target="$(cat /run/engine.pid)" --mount docker "$@"\n')
     docker.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
-    if name != TUTORIAL:  # the other pages use what has been written in it
-        (work / "l2.py").write_text(session((DOCS / TUTORIAL).read_text())[2]["l2.py"])
-    page = (DOCS / name).read_text()
-    script, run, _ = session(page)
+    if page != TUTORIAL:  # the other pages use what has been written in it
+        (work / "l2.py").write_text(files(TUTORIAL)["l2.py"])
+    script, run = session(page)
     (tmp_path / "script").write_text("\n".join(script) + "\n")
     environment = (
         f"PATH={docker.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -145,20 +131,19 @@ def test_a_page(engine: PrivateEngine, wheels: Path, tmp_path: Path, name: Path)
         command.came = came
     wrong = [command for command in run if not command.as_shown()]
     if os.environ.get("NETPLUGIN_DOCS") == "write":
-        place = 0
+        text, place = page.read_text(), 0
         for command in run:
-            place = page.index(f"$ {command.text}{command.shown}", place) + len(f"$ {command.text}")
+            place = text.index(f"$ {command.text}{command.shown}", place) + len(f"$ {command.text}")
             if command in wrong:
-                page = page[:place] + command.came.rstrip("\n") + "\n" + page[place + len(command.shown) :]
-        (DOCS / name).write_text(page)
+                text = text[:place] + command.came.rstrip("\n") + "\n" + text[place + len(command.shown) :]
+        page.write_text(text)
     assert not wrong, "\n".join(f"$ {one.text}--- shown\n{one.shown}--- came\n{one.came}" for one in wrong)
 
 
 def test_the_tutorial_ends_with_the_driver_of_the_readme() -> None:
-    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / TUTORIAL).read_text())}
-    assert files["file: l2.py"] == source()
+    (driver,) = (block.text for block in blocks(TUTORIAL) if block.file == "l2.py")
+    assert driver == source()
 
 
 def test_the_tutorial_begins_with_examples_null() -> None:
-    files = {block["marker"]: block["text"] for block in BLOCK.finditer((DOCS / TUTORIAL).read_text())}
-    assert files["file: nullnet.py"] == (ROOT / "examples" / "null" / "nullnet.py").read_text()
+    assert files(TUTORIAL)["nullnet.py"] == (ROOT / "examples" / "null" / "nullnet.py").read_text()
