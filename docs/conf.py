@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -28,6 +29,7 @@ version = release = importlib.metadata.version("netplugin-sdk")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 default_role = "py:obj"  # in our docstrings a name stands in single backticks
 nitpicky = True
+smartquotes = False  # two hyphens are an option
 
 html_theme = "furo"
 html_title = "netplugin_sdk"
@@ -49,6 +51,7 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 76
 napoleon_numpy_docstring = False
 
+_NAME = re.compile(r"([a-z_]+\.)*[A-Z]\w*[a-z]\w*(\.\w+)?|(links|firewall|ports|sysctls|conformance)\.[a-z_]+")
 nitpick_ignore = [  # in signatures, and not for authors
     ("py:class", "netplugin_sdk.calls.Call"),
     ("py:class", "netplugin_sdk.cnm.registry.Driver"),
@@ -60,7 +63,9 @@ nitpick_ignore = [  # in signatures, and not for authors
 
 # Its annotations are of what it imports for a type checker only.
 vars(kit).update(vars(netplugin_sdk), NetworkController=cnm.NetworkController, Namespace=namespaces.Namespace)
-vars(kit).update(Network=cnm.Network, Sandbox=cnm.Sandbox, Report=conformance.Report, PrivateEngine=engine.PrivateEngine)
+vars(kit).update(
+    Network=cnm.Network, Sandbox=cnm.Sandbox, Report=conformance.Report, PrivateEngine=engine.PrivateEngine
+)
 
 
 def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
@@ -107,13 +112,27 @@ def _is_elsewhere(target: str) -> bool:
     return False
 
 
+def _linked(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """In a page's text, too, what stands in backticks and is a public name leads to its description."""
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext()
+        if not _NAME.fullmatch(name) or isinstance(
+            literal.parent, nodes.title | nodes.reference | addnodes.desc_signature
+        ):
+            continue
+        if found := _documented(app.env, name):
+            place = app.env.domaindata["py"]["objects"][found]
+            content = nodes.literal("", name, classes=["xref", "py", "py-obj"])
+            literal.replace_self(make_refnode(app.builder, page, place.docname, place.node_id, content, found))
+
+
 def _indented(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
     """An indented paragraph of a docstring is an example: to reStructuredText it would be a quotation."""
     for number in range(len(lines) - 1, 1, -1):
         before, blank, line = lines[number - 2 : number + 1]
-        if line.startswith("    ") and not blank and before[:1].strip() and not before.startswith("- "):
-            if not before.endswith("::"):
-                lines[number:number] = ["::", ""]
+        paragraph = before[:1].strip() and not before.startswith("- ") and not before.endswith("::")
+        if paragraph and not blank and line.startswith("    "):
+            lines[number:number] = ["::", ""]
 
 
 def _signature(
@@ -137,6 +156,7 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", _find)
     app.connect("include-read", _included)
+    app.connect("doctree-resolved", _linked)
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _indented, priority=400)  # before Napoleon
     # Napoleon takes what stands before a colon in an attribute's docstring for its type.

@@ -1,9 +1,9 @@
 """What the documentation shows is what happens: every console block of a page is run on a real engine.
 
-A page is a session of one shell, as root on the engine's host, in a folder of its own, with the markers of unit/pages.py.
-Of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end goes on with the next line), and
-what it prints must be what stands below it. Ids, times and process ids may be others,
-and ``…`` stands for anything, or, on a line of its own, for any lines.
+A page is a session of one shell, as root on the engine's host, in a folder of its own; its blocks' markers are those of
+unit/pages.py. Of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end goes on with the
+next line), and what it prints must be what stands below it. Ids, times and process ids may be others, and ``…`` stands
+for anything, or, on a line of its own, for any lines.
 
 ``NETPLUGIN_DOCS=write`` writes what came into the page, for a reader to look at, where it is not what stands there.
 """
@@ -38,6 +38,11 @@ VARIABLE = (  # what differs from run to run, and what is shown instead
     (r"(@if|^)\d+(?=[:\W])", r"\1INDEX"),
     (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
 )
+# A reader waits a second for a plugin to start, or to mend something; a machine that runs tests may take longer.
+SLEEP = """sleep() {
+    for _ in {1..50}; do grep -q ' serves ' "$(ls -t *.log | head -1)" && break; command sleep 0.2; done
+    command sleep "$(($1 * 2))"
+}"""
 # bash says so in a script; to a terminal it says `[1]+ Killed`.
 KILLED = re.compile(r"^\S+: line \d+: +\d+ (Killed|Terminated) .*\n", re.MULTILINE)
 
@@ -77,7 +82,7 @@ def commands(block: str) -> list[Command]:
 
 def session(page: Path) -> tuple[list[str], list[Command]]:
     """The shell script of a page, and its commands in order."""
-    script, run, made = ["exec 2>&1"], list[Command](), dict[str, str]()
+    script, run, made = ["exec 2>&1", SLEEP], list[Command](), dict[str, str]()
     for block in blocks(page):
         if name := block.file or block.changes:
             made[name] = block.text if block.file else block.applied_to(made[name])

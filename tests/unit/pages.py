@@ -1,7 +1,7 @@
 """The documentation's pages and their code blocks.
 
-A block can have a marker above it, a comment of HTML: ``file: NAME`` and ``change: NAME`` say what the reader is to write
-where, ``not run: REASON`` why a block is not run.
+A block can have a marker above it, a comment of HTML: ``file: NAME`` and ``change: NAME`` say what the reader is to
+write where, ``not run: REASON`` why a block is not run.
 """
 
 from __future__ import annotations
