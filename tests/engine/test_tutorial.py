@@ -40,7 +40,7 @@ VARIABLE = (  # what differs from run to run, and what is shown instead
 )
 # A reader waits a second for a plugin to start, or to mend something; a machine that runs tests may take longer.
 SLEEP = """sleep() {
-    for _ in {1..50}; do grep -q ' serves ' "$(ls -t *.log | head -1)" && break; command sleep 0.2; done
+    for _ in {1..50}; do grep -q ' serves ' "$(ls -t *.log | head -1)" 2>&- && break; command sleep 0.2; done 2>&-
     command sleep "$(($1 * 2))"
 }"""
 # bash says so in a script; to a terminal it says `[1]+ Killed`.
