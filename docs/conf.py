@@ -62,9 +62,14 @@ nitpick_ignore = [  # in signatures, and not for authors
 ]
 
 # Its annotations are of what it imports for a type checker only.
-vars(kit).update(vars(netplugin_sdk), NetworkController=cnm.NetworkController, Namespace=namespaces.Namespace)
 vars(kit).update(
-    Network=cnm.Network, Sandbox=cnm.Sandbox, Report=conformance.Report, PrivateEngine=engine.PrivateEngine
+    {name: getattr(netplugin_sdk, name) for name in netplugin_sdk.__all__},
+    Namespace=namespaces.Namespace,
+    Network=cnm.Network,
+    NetworkController=cnm.NetworkController,
+    PrivateEngine=engine.PrivateEngine,
+    Report=conformance.Report,
+    Sandbox=cnm.Sandbox,
 )
 
 

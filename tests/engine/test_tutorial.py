@@ -33,15 +33,18 @@ VARIABLE = (  # what differs from run to run, and what is shown instead
     (r"\b[0-9a-f]{64}\b", "ID"),
     (r"\b[0-9a-f]{12}\b", "ID"),
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME"),
+    (r"\b\d\d:\d\d:\d\d\.\d{3}\b", "TIME"),
+    (r"(?<![\d.])\d+\.\d\d(?![\d.])", "NUMBER"),
     (r"\b(ms|time|in|pid)([= ])[\d.]+", r"\1\2NUMBER"),
     (r"= [\d.]+(/[\d.]+)+ ms", "= TIMES ms"),
     (r"(@if|^)\d+(?=[:\W])", r"\1INDEX"),
     (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
 )
-# A reader waits a second for a plugin to start, or to mend something; a machine that runs tests may take longer.
+# A reader waits a second for a plugin that starts, or for what is mended. Here that ends when the plugin serves, and
+# lasts longer where it serves already, since a machine that runs tests may be slow.
 SLEEP = """sleep() {
-    for _ in {1..50}; do grep -q ' serves ' "$(ls -t *.log | head -1)" 2>&- && break; command sleep 0.2; done 2>&-
-    command sleep "$(($1 * 2))"
+    for waited in {0..99}; do grep -q ' serves ' "$(ls -t *.log | head -1)" && break; command sleep 0.1; done 2>&-
+    [ $waited -gt 0 ] || command sleep $(($1 * 2))
 }"""
 # bash says so in a script; to a terminal it says `[1]+ Killed`.
 KILLED = re.compile(r"^\S+: line \d+: +\d+ (Killed|Terminated) .*\n", re.MULTILINE)
@@ -62,7 +65,7 @@ class Command:
 def same_for_all(text: str) -> str:
     for pattern, instead in VARIABLE:
         text = re.sub(pattern, instead, text, flags=re.MULTILINE)
-    return re.sub(r"[ \t]+", " ", text).strip()
+    return re.sub(r"[ \t]+", " ", text).strip() + "\n"
 
 
 def commands(block: str) -> list[Command]:
