@@ -5,6 +5,7 @@ As root; else they are skipped.
 
 import pytest
 from netplugin_sdk import DriverError
+from netplugin_sdk.cnm import Subnet
 from netplugin_sdk.linux import sysctls
 from netplugin_sdk.testing.kit import Lab
 
@@ -17,6 +18,12 @@ OUTSIDE = "198.51.100.2"
 def test_neighbours_reach_each_other(lab: Lab) -> None:
     one, _two = lab.containers(Driver(), "one", "two")
     assert "0% packet loss" in one.run("ping", "-c1", "-W2", "two")
+
+
+def test_they_do_by_ipv6(lab: Lab) -> None:
+    subnets = [Subnet.parse("10.1.0.0/24"), Subnet.parse("fd00:1::/64")]
+    one, _two = lab.containers(Driver(), "one", "two", subnets=subnets)
+    assert "0% packet loss" in one.run("ping", "-6", "-c1", "-W2", "two")
 
 
 def test_the_outside_is_reached_by_masquerading(lab: Lab) -> None:
