@@ -15,10 +15,10 @@ REPOSITORY = Path(__file__).parents[2]
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 
 
-def git(*arguments: str) -> list[str]:
-    return subprocess.run(
-        ["git", "-C", REPOSITORY, *arguments], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+def tracked() -> set[str]:
+    """The files of the last commit."""
+    listing = ["git", "-C", str(REPOSITORY), "ls-tree", "-r", "-z", "--name-only", "HEAD"]
+    return set(subprocess.run(listing, check=True, capture_output=True, text=True).stdout.rstrip("\0").split("\0"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,10 @@ def test_the_wheel(dist: Path) -> None:
         metadata = email.message_from_bytes(wheel.read(f"netplugin_sdk-{VERSION}.dist-info/METADATA"))
         (times,) = {entry.date_time for entry in wheel.infolist()}
     assert times != (2020, 2, 2, 0, 0, 0), "the commit's time, not hatchling's"
-    tracked = git("ls-tree", "-r", "-z", "--name-only", "HEAD")[0].rstrip("\0").split("\0")
-    of_package = {name for name in tracked if name.startswith("netplugin_sdk/")}
+    of_package = {name for name in tracked() if name.startswith("netplugin_sdk/")}
     of_template = {
         name.replace("cookiecutter/", "netplugin_sdk/cli/template/", 1)
-        for name in tracked
+        for name in tracked()
         if name.startswith("cookiecutter/")
     }
     assert of_template
@@ -57,8 +56,7 @@ def test_the_wheel(dist: Path) -> None:
 def test_the_sdist(dist: Path) -> None:
     with tarfile.open(dist / f"netplugin_sdk-{VERSION}.tar.gz") as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    tracked = git("ls-tree", "-r", "-z", "--name-only", "HEAD")[0].rstrip("\0").split("\0")
-    assert names == {name for name in tracked if not name.startswith(".ci/")} | {"PKG-INFO"}
+    assert names == {name for name in tracked() if not name.startswith(".ci/")} | {"PKG-INFO"}
 
 
 def test_nothing_else_is_left(dist: Path) -> None:
