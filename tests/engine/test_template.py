@@ -20,6 +20,7 @@ from netplugin_sdk.cli import main
 from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, PrivateEngine
 
 from .conftest import plugin_beside
+from .systemd_lab import SYSTEMD, Host
 
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = "my-driver"
@@ -118,3 +119,26 @@ def test_the_wheels_check_finds_nothing_wrong(engine: PrivateEngine, shell: Shel
     checks = json.loads(done.stdout)["checks"]
     assert {check["outcome"] for check in checks} == {"passed", "skipped"}
     assert any(check["group"] == "data plane" and check["outcome"] == "passed" for check in checks)
+
+
+def test_systemd_runs_it_by_its_units(project: Path, version: str) -> None:
+    if not SYSTEMD.exists():
+        pytest.skip("needs systemd, not as the init of this machine: apt-get install systemd")
+    host = Host(version, example=str(project), module="my_driver", program=PLUGIN)
+    units = (f"{PLUGIN}.socket", f"{PLUGIN}.service")
+    try:
+        host.boot()
+        host.import_busybox()
+        assert host.run("systemd-analyze", "verify", *units) == ""
+        host.run("systemctl", "enable", "--now", *units)
+        host.docker("network", "create", "--driver", PLUGIN, "--ipv6", "--subnet", "fd00:77::/64", "mynet")
+        ping = ("run", "--rm", "--network", "mynet", "busybox", "ping", "-c1", "-W2")
+        assert "1 packets received" in host.docker(*ping, OUTSIDE_ADDRESS)
+        host.run("systemctl", "restart", f"{PLUGIN}.service")
+        assert "1 packets received" in host.docker(*ping, OUTSIDE_ADDRESS)
+        host.docker("network", "rm", "mynet")
+        calls = [line for line in host.journal(f"{PLUGIN}.service").splitlines() if "method=" in line]
+        assert calls
+        assert [line for line in calls if not line.endswith(("status=200", "status=404"))] == []
+    finally:
+        host.close()
