@@ -65,10 +65,10 @@ def new(*, name: str | None, output: Path, no_input: bool, pairs: tuple[str, ...
     except OSError as error:
         raise click.ClickException(f"{project} cannot be made: {error}") from error
     click.echo(
-        f"{project} is made. In it:\n\n"
-        "    python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'\n"
-        "    .venv/bin/python -m pytest    # root's tests make real networks, and start a real Docker Engine\n"
-        f"    .venv/bin/{answers['plugin_name']}    # as root: serves it to this machine's Docker\n\n"
+        f"{project} is made. In it, and in a virtual environment:\n\n"
+        "    pip install -e '.[dev]'\n"
+        "    pytest          # root's tests make networks, and start a private Docker Engine\n"
+        f"    {answers['plugin_name']}       # as root: serves it to this machine's Docker\n\n"
         "README.md says more."
     )
 
