@@ -107,8 +107,8 @@ def plugin(engine: PrivateEngine, project: Path, shell: Shell) -> Iterator[None]
 def test_an_engine_uses_it(engine: PrivateEngine) -> None:
     engine.docker("network", "create", "--driver", PLUGIN, "-o", "mtu=1400", "mynet")
     engine.docker("run", "--detach", "--name", "web", "--network", "mynet", "busybox", "sleep", "600")
-    assert "0% packet loss" in engine.docker("run", "--rm", "--network", "mynet", "busybox", "ping", "-c2", "web")
-    assert "0% packet loss" in engine.docker("exec", "web", "ping", "-c2", OUTSIDE_ADDRESS)
+    engine.docker("run", "--rm", "--network", "mynet", "busybox", "ping", "-c2", "web")  # an error if none answers
+    engine.docker("exec", "web", "ping", "-c2", OUTSIDE_ADDRESS)
 
 
 @pytest.mark.usefixtures("plugin")
@@ -132,10 +132,10 @@ def test_systemd_runs_it_by_its_units(project: Path, version: str) -> None:
         assert host.run("systemd-analyze", "verify", *units) == ""
         host.run("systemctl", "enable", "--now", *units)
         host.docker("network", "create", "--driver", PLUGIN, "--ipv6", "--subnet", "fd00:77::/64", "mynet")
-        ping = ("run", "--rm", "--network", "mynet", "busybox", "ping", "-c1", "-W2")
-        assert "1 packets received" in host.docker(*ping, OUTSIDE_ADDRESS)
+        ping = ("run", "--rm", "--network", "mynet", "busybox", "ping", "-c2")
+        host.docker(*ping, OUTSIDE_ADDRESS)
         host.run("systemctl", "restart", f"{PLUGIN}.service")
-        assert "1 packets received" in host.docker(*ping, OUTSIDE_ADDRESS)
+        host.docker(*ping, OUTSIDE_ADDRESS)
         host.docker("network", "rm", "mynet")
         calls = [line for line in host.journal(f"{PLUGIN}.service").splitlines() if "method=" in line]
         assert calls

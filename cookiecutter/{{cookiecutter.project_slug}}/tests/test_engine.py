@@ -26,8 +26,8 @@ def engine(docker_engine: PrivateEngine) -> Iterator[PrivateEngine]:
 
 
 def test_containers_reach_each_other_and_the_outside(engine: PrivateEngine) -> None:
-    assert "0% packet loss" in engine.docker("run", "--rm", "--network", "lan", "busybox", "ping", "-c2", "web")
-    assert "0% packet loss" in engine.docker("exec", "web", "ping", "-c2", OUTSIDE_ADDRESS)
+    engine.docker("run", "--rm", "--network", "lan", "busybox", "ping", "-c2", "web")  # or an EngineError
+    engine.docker("exec", "web", "ping", "-c2", OUTSIDE_ADDRESS)
     assert " mtu 1400 " in engine.docker("exec", "web", "ip", "link", "show", "eth0")
 
 

@@ -17,29 +17,29 @@ OUTSIDE = "198.51.100.2"
 
 def test_neighbours_reach_each_other(lab: Lab) -> None:
     one, _two = lab.containers(Driver(), "one", "two")
-    assert "0% packet loss" in one.run("ping", "-c1", "-W2", "two")
+    one.run("ping", "-c1", "-w5", "two")  # which raises an error if nobody answers
 
 
 def test_they_do_by_ipv6(lab: Lab) -> None:
     subnets = [Subnet.parse("10.1.0.0/24"), Subnet.parse("fd00:1::/64")]
     one, _two = lab.containers(Driver(), "one", "two", subnets=subnets)
-    assert "0% packet loss" in one.run("ping", "-6", "-c1", "-W2", "two")
+    one.run("ping", "-6", "-c1", "-w5", "two")
 
 
 def test_the_outside_is_reached_by_masquerading(lab: Lab) -> None:
     sysctls.ensure("net/ipv4/ip_forward", 1)  # as Docker does
     assert lab.outside
     (box,) = lab.containers(Driver(), "box")
-    assert "0% packet loss" in box.run("ping", "-c1", "-W2", OUTSIDE)
+    box.run("ping", "-c1", "-w5", OUTSIDE)
 
 
 def test_an_internal_network_stays_within(lab: Lab) -> None:
     sysctls.ensure("net/ipv4/ip_forward", 1)
     assert lab.outside
     one, _two = lab.containers(Driver(), "one", "two", internal=True)
-    assert "0% packet loss" in one.run("ping", "-c1", "-W2", "two")
+    one.run("ping", "-c1", "-w5", "two")
     with pytest.raises(DriverError):
-        one.run("ping", "-c1", "-W1", OUTSIDE)
+        one.run("ping", "-c1", "-w1", OUTSIDE)
 
 
 def test_the_mtu_is_the_containers(lab: Lab) -> None:
