@@ -4,12 +4,13 @@
 # make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
+# make release  build wheel and sdist of the last commit twice, and compare them (a minute)
 # make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
 ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml examples/dhcp/pyproject.toml
 
-.PHONY: demo test test-unit test-kernel lint audit bench bench-engine docs parity clean
+.PHONY: demo test test-unit test-kernel lint audit bench bench-engine docs parity release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -61,6 +62,9 @@ bench-engine: .venv/.dev
 
 parity: .venv/.dev
 	$(BIN)/python -m pytest tests/engine/parity --parity-table
+
+release: .venv/.dev
+	@tools/release
 
 clean:
 	rm -rf .venv .audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,7 +23,8 @@ Question: TypeAlias = Callable[[Docker], bool]
 """Asks the engine, and does what follows. Whether it is done; else it is asked again."""
 
 _AGAIN = 0.05, 2.0  # seconds until a question is asked again: at first, and at most
-_PATIENCE = 60.0  # seconds until it is given up
+_PATIENCE = 60.0  # seconds until it is given up, or is asked slowly if it is one that stands
+_SLOWLY = 30.0
 _ANSWER_TIME = 10.0
 
 
@@ -32,6 +34,7 @@ class _Due:
     number: int  # of those that are due at a time the first is asked first
     question: Question = field(compare=False)
     until: float = field(compare=False)
+    stands: bool = field(compare=False)
     pause: float = field(compare=False, default=_AGAIN[0])
 
 
@@ -139,8 +142,8 @@ class Inquiries:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def ask(self, question: Question, delay: float = 0.0) -> None:
-        """Ask it in `delay` seconds, and again until it is done; after a minute it is given up.
+    def ask(self, question: Question, delay: float = 0.0, *, stands: bool = False) -> None:
+        """Ask it in `delay` seconds, and again until it is done; after a minute it is given up, unless it stands.
 
         A question that waits already, and is equal, is asked at the earlier time. An engine that refuses or does not
         answer is asked again; what else a question raises is logged.
@@ -151,11 +154,11 @@ class Inquiries:
                 return
             for waiting in self._due:
                 if waiting.question == question:
-                    waiting.when = min(waiting.when, when)
+                    waiting.when, waiting.until = min(waiting.when, when), min(waiting.until, when + _PATIENCE)
                     heapq.heapify(self._due)
                     break
             else:
-                heapq.heappush(self._due, _Due(when, next(self._numbers), question, when + _PATIENCE))
+                heapq.heappush(self._due, _Due(when, next(self._numbers), question, when + _PATIENCE, stands))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="inquiries", daemon=True)
                 self._thread.start()
@@ -176,10 +179,14 @@ class Inquiries:
             while (due := self._next()) is not None:
                 if self._is_done(due.question, docker):
                     continue
-                due.when, due.pause = time.monotonic() + due.pause, min(2 * due.pause, _AGAIN[1])
+                due.when = time.monotonic() + due.pause
+                if due.until < math.inf:
+                    due.pause = min(2 * due.pause, _AGAIN[1])
                 if due.when > due.until:
                     _log.warning("Docker at %s does not tell what it is asked for", self._path)
-                    continue
+                    if not due.stands:
+                        continue
+                    due.pause, due.until = _SLOWLY, math.inf
                 with self._changed:
                     if not self._closed:
                         heapq.heappush(self._due, due)

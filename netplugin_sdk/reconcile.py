@@ -31,6 +31,7 @@ _log = logging.getLogger("netplugin_sdk")
 _BURST, _CALM = 0.2, 30.0  # seconds from a loss to its repair, since they come together: at first, and at most
 _TOLD = 10.0  # seconds until an engine that starts, or makes a network, is asked what it has
 _MISSING = 30.0  # seconds that Docker must not know a network or an endpoint before it is removed
+_EVERY = 300.0  # seconds until Docker is asked again: an engine with live-restore forgets endpoints and calls nobody
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class PoolReconciler:
     def request(self, delay: float = 0.0) -> None:
         """Tell it in `delay` seconds, by a thread of its own."""
         if self._inquiries is not None:
-            self._inquiries.ask(self._tell, delay)
+            self._inquiries.ask(self._tell, delay, stands=True)
 
     def _tell(self, docker: Docker) -> bool:
-        if self._driver.engine_has(docker.call("GET", "/info")["ID"], docker.pools()):
-            self.request(_MISSING)
+        soon = self._driver.engine_has(docker.call("GET", "/info")["ID"], docker.pools())
+        self.request(_MISSING if soon else _EVERY)
         return True
 
     def close(self) -> None:
@@ -195,7 +196,7 @@ class Reconciler(Generic[OptionsT]):
     def _compare_with_docker(self, delay: float) -> None:
         # A swarm's networks are not listed by nodes that do not use them.
         if self._inquiries is not None and self._networks and self._driver.scope == Scope.LOCAL:
-            self._inquiries.ask(self._compare, delay)
+            self._inquiries.ask(self._compare, delay, stands=True)
 
     def _compare(self, docker: Docker) -> bool:
         engine = docker.call("GET", "/info")["ID"]
@@ -219,8 +220,8 @@ class Reconciler(Generic[OptionsT]):
         for record in certain:
             if now - self._missing[record.id] >= _MISSING:
                 self._lifecycle.attempt("remove", record, partial(self._remove, record))
-        if any(record.id in self._missing for record in certain):
-            self._compare_with_docker(_MISSING)
+        soon = any(record.id in self._missing for record in certain)
+        self._compare_with_docker(_MISSING if soon else _EVERY)
         return True
 
     def _unknown_endpoints(self, network: Network[OptionsT], docker: Docker) -> list[Endpoint]:

@@ -10,6 +10,7 @@ import click
 from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
+    "new": "netplugin_sdk.cli.new:new",
     "check": "netplugin_sdk.cli.check:check",
 }
 """Name → where it is. Help lists them in this order."""

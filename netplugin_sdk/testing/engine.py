@@ -498,7 +498,9 @@ def _remove_stale(labs: Path) -> None:
 
 
 def _remove_lab(lab: Path) -> None:
-    for cgroup in Path("/sys/fs/cgroup").glob(f"**/{lab.name}"):
+    # os.walk and not Path.glob, which raises where a cgroup of another lab goes away meanwhile.
+    cgroups = [Path(folder, lab.name) for folder, inside, _ in os.walk("/sys/fs/cgroup") if lab.name in inside]
+    for cgroup in cgroups:
         for folder, _, _ in os.walk(cgroup, topdown=False):
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()

@@ -18,6 +18,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("engine", "version"):
         if name in metafunc.fixturenames:
             versions = metafunc.config.getoption("engine") or list(VERSIONS)
+            if metafunc.definition.get_closest_marker("one_engine"):
+                versions = ["26.1"] if "26.1" in versions else versions[:1]
             metafunc.parametrize(name, versions, indirect=True, scope="session")
             return
 

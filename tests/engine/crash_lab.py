@@ -25,10 +25,13 @@ KILL = ("--stop-signal", "KILL")
 MISSING = 2.0
 """Seconds that Docker must not know something before `IMPATIENT` removes it."""
 
+SETTLED = 20.0
+"""Seconds until it has removed all that, on a busy machine."""
+
 
 def impatient(missing: float) -> tuple[str, ...]:
     """The program that serves myplugin's driver, and removes what Docker does not know for so many seconds."""
-    settings = f"r._MISSING = {missing}; r._TOLD = {missing / 2}"
+    settings = f"r._MISSING = {missing}; r._TOLD = r._EVERY = {missing / 2}"
     script = f"import netplugin_sdk.reconcile as r; {settings}; from myplugin.__main__ import main; main()"
     return (sys.executable, "-c", script)
 

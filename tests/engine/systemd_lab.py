@@ -137,7 +137,7 @@ exec sleep infinity
 
 # Where the unit expects it. The interpreter was built for another folder.
 _PROGRAM = """#!/bin/sh
-export PYTHONPATH=/opt/repository:/opt/repository/examples/{example}:/opt/dependencies PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=/opt/repository:/opt/{program}:/opt/dependencies PYTHONDONTWRITEBYTECODE=1
 LD_LIBRARY_PATH=/opt/python/lib exec /opt/python/bin/python{major}.{minor} -m {module} "$@"
 """
 
@@ -154,7 +154,7 @@ tar -C $image -c . | docker import -c 'ENV PATH=/bin' - busybox
 class Host:
     """It is off at first. `close` removes it.
 
-    `example` is the folder with the units, which start `program`: what ``python -m MODULE`` does.
+    `example` is one of ours, or the path of another project: its units start `program`, what ``python -m MODULE`` does.
     """
 
     def __init__(
@@ -177,8 +177,9 @@ class Host:
             (self.folder / "opt" / name).mkdir(parents=True)
         file = self.folder / "opt" / program / "bin" / program
         python = {"major": sys.version_info.major, "minor": sys.version_info.minor}
-        file.write_text(_PROGRAM.format(example=example, module=module, **python))
+        file.write_text(_PROGRAM.format(program=program, module=module, **python))
         file.chmod(0o755)
+        shutil.copytree(_EXAMPLES / example / module, self.folder / "opt" / program / module)
         (self.folder / "image").symlink_to(image)
         (self.folder / "disk/etc/group").write_text(Path("/etc/group").read_text() + "docker:x:998:\n")
         self._install(image / "lib/systemd/system", _EXAMPLES / example / "systemd")

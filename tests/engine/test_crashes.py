@@ -21,7 +21,7 @@ from .conftest import remove_all
 from .crash_lab import (
     IMPATIENT,
     LOST,
-    MISSING,
+    SETTLED,
     TEN,
     Reached,
     Users,
@@ -62,7 +62,7 @@ def ten_on(engine: PrivateEngine) -> Iterator[Host]:
         agree(engine)
         yield host
         remove_all(engine)
-        is_soon(lambda: everything(engine), before, 3 * MISSING)
+        is_soon(lambda: everything(engine), before, SETTLED)
     finally:
         if host.plugin.running:
             host.plugin.stop()
@@ -88,7 +88,7 @@ def all_are_served(engine: PrivateEngine) -> None:
     with Users(engine) as users:
         wait_until(lambda: users.done >= 4 or users.failed != [], 20)
     assert users.failed == []
-    agree(engine, 3 * MISSING)
+    agree(engine, SETTLED)
 
 
 def comes_back(engine: PrivateEngine) -> None:
@@ -96,7 +96,7 @@ def comes_back(engine: PrivateEngine) -> None:
     is_soon(lambda: running(engine) & NAMES, {box.name for box in ALWAYS}, 20)
     remove_users(engine)
     Reached(engine, ALWAYS).soon()
-    agree(engine, 3 * MISSING)
+    agree(engine, SETTLED)
     engine.docker("start", *(box.name for box in ONCE))
     Reached(engine).soon()
     all_are_served(engine)
@@ -197,6 +197,6 @@ def test_live_restore(version: str) -> None:
             assert not reached.missing()
             assert Reached(engine).pids == reached.pids
             remove_users(engine)
-            agree(engine, 3 * MISSING)
+            agree(engine, SETTLED)
             assert docker_knows(engine) == known
         all_are_served(engine)

@@ -21,7 +21,7 @@ from .conftest import remove_all
 from .crash_lab import (
     IMPATIENT,
     LOST,
-    MISSING,
+    SETTLED,
     Box,
     Known,
     Reached,
@@ -64,7 +64,7 @@ def clean(engine: PrivateEngine) -> Iterator[PrivateEngine]:
     yield engine
     with engine.start_plugin("myplugin", IMPATIENT):
         remove_all(engine)
-        is_soon(lambda: everything(engine), before, 3 * MISSING)
+        is_soon(lambda: everything(engine), before, SETTLED)
 
 
 def told(plugin: Process, word: str) -> list[Any]:
@@ -139,7 +139,7 @@ def test_the_plugin_is_killed_with_a_request(clean: PrivateEngine, when: str) ->
             created, *removed = [command.result() for command in done]
             assert LOST in created.stderr
             assert [command.returncode for command in removed] == [0, 0]
-            agree(engine, 3 * MISSING)
+            agree(engine, SETTLED)
             assert len(docker_knows(engine).networks) == len(bridges(engine)) == 2
             assert not kept.missing()
 
@@ -406,7 +406,7 @@ def test_calls_that_take_too_long(clean: PrivateEngine, seconds: float) -> None:
         if seconds < 3600:
             is_soon(lambda: everything(engine), before, seconds)
     with engine.start_plugin("myplugin", IMPATIENT):
-        is_soon(lambda: everything(engine), before, 3 * MISSING)
+        is_soon(lambda: everything(engine), before, SETTLED)
 
 
 # ----------------------------------------------------------------------------------------------- and what was meanwhile
@@ -419,7 +419,7 @@ def test_what_docker_removed_while_there_was_no_plugin(meanwhile: Meanwhile) -> 
     reached = Reached(engine, [WEB])
     with engine.start_plugin("myplugin", IMPATIENT) as plugin:
         assert {"8081", "8082"} <= ports(engine), "or there is nothing to remove"
-        agree(engine, 3 * MISSING)
+        agree(engine, SETTLED)
         assert len(docker_knows(engine).networks) == 2
         log = plugin.log.read_text()
         assert log.count("is unknown to Docker: deleting it") == 4

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
+from click.testing import CliRunner
 from myplugin.driver import BridgeDriver
 
 from netplugin_sdk import (
@@ -35,12 +36,13 @@ from netplugin_sdk import (
     Sandbox,
 )
 from netplugin_sdk.calls import Call
+from netplugin_sdk.cli import main
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import firewall, links, ports
 from netplugin_sdk.plugin import Answer
 from netplugin_sdk.testing.conformance import CHECKS, Group, Outcome, Report, Subject, run
 from netplugin_sdk.testing.engine import listens, wait_until
-from netplugin_sdk.testing.kit import serving
+from netplugin_sdk.testing.kit import Lab, serving
 
 from .lab import run as command
 
@@ -712,3 +714,11 @@ def test_reports(tmp_path: Path) -> None:
     page = report.html()
     assert "&lt;html&gt;" in page
     assert page.count("<tr") == len(CHECKS)
+
+
+def test_the_command_line_joins_sandboxes(lab: Lab) -> None:
+    with lab.served(lab.plugin(BridgeDriver(), PoolIpamDriver(), name="myplugin")) as path:
+        result = CliRunner().invoke(main, ["check", str(path), "--json"])
+    assert result.exit_code == 0
+    outcomes = {each["check"]: each["outcome"] for each in json.loads(result.stdout)["checks"]}
+    assert {outcomes[id_] for id_, check in CHECKS.items() if check.group == Group.DATA_PLANE} == {"passed"}

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, IpamDriver, Network, Plugin, Scope, losses, reconcile
+from netplugin_sdk import Container, Endpoint, IpamDriver, Network, Plugin, Scope, background, losses, reconcile
 from netplugin_sdk.docker import Docker as Engine
 from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.ipam import PoolIpamDriver
@@ -268,6 +268,42 @@ def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve:
     assert driver.calls[-3:] == ["revoke", "leave", "delete_endpoint"]
     assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT})
     docker("DeleteEndpoint", of(NETWORK, ENDPOINT))  # should it be asked for after all
+
+
+def test_what_docker_forgets_without_a_word_is_found(
+    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine with live-restore does that was killed: when it is back it calls nobody."""
+    monkeypatch.setattr(reconcile, "_EVERY", 0.1)
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {ENDPOINT: "c1", OTHER_ENDPOINT: "c2"}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker.run(endpoint=OTHER_ENDPOINT)
+    assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2)
+    del engine.networks[NETWORK][ENDPOINT]
+    wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
+
+
+def test_an_engine_that_is_away_for_long_is_still_asked(
+    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "_PATIENCE", 0.1)
+    monkeypatch.setattr(background, "_SLOWLY", 0.2)
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    engine.broken = True
+    docker.plugin.reconcile()
+    wait_for(lambda: "does not tell" in caplog.text, "the warning")
+    asked = len(engine.asked)
+    wait_for(lambda: len(engine.asked) > asked + 2, "more questions")
+    assert caplog.text.count("does not tell") == 1
+    engine.broken, engine.networks = False, {}
+    wait_for(lambda: not driver.networks, "the removal, once it answers")
 
 
 # Containers
