@@ -19,18 +19,21 @@ is shown too: a driver's own metrics need no more than to be made, and the proce
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import accumulate
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from netplugin_sdk import calls
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.plugin import Answer, Answerer, Plugin
 
 _SECONDS = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 2.5, 5.0))[:-1]  # 0.1 ms to 25 s
+_BOUNDS = (*map(str, _SECONDS), "+Inf")
 
 
 @contextmanager
@@ -40,9 +43,11 @@ def exporting(plugin: Plugin, name: str, host: str, port: int) -> Iterator[None]
     Raises:
         Unavailable: it cannot listen there.
     """
-    metrics = _Metrics(plugin, name)
+    metrics, registry = _Metrics(plugin, name), CollectorRegistry()  # its own: a process may have several plugins
+    registry.register(metrics)
+    registry.register(REGISTRY)
     try:
-        server, thread = start_http_server(port, host, metrics.registry)
+        server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise Unavailable(f"cannot serve metrics on {host} port {port}: {error}") from error
     plugin.wrap(metrics.measured)
@@ -55,28 +60,23 @@ def exporting(plugin: Plugin, name: str, host: str, port: int) -> Iterator[None]
 
 
 class _Metrics:
-    """Counts calls, and collects at each scrape what the plugin knows anyway."""
+    """Counts calls, and collects at each scrape that and what the plugin knows anyway.
+
+    It keeps plain numbers behind one lock: prometheus-client has a lock for each, and takes twice as long.
+    """
 
     def __init__(self, plugin: Plugin, name: str) -> None:
-        self.registry = CollectorRegistry()  # its own, since a process may have several plugins
         self._plugin, self._name = plugin, name
-        self._methods = plugin.methods
-        self._running: set[int] = set()  # threads; cheaper than a gauge
-        self._calls = Counter("netplugin_calls", "Calls.", ["method", "status"], registry=self.registry)
-        self._errors = Counter("netplugin_call_errors", "Calls that failed.", ["method"], registry=self.registry)
-        durations = Histogram(
-            "netplugin_call_duration_seconds", "Calls.", ["method"], registry=self.registry, buckets=_SECONDS
-        )
-        for method in self._methods:
-            self._errors.labels(method)  # 0 from the start, so that the first error is an increase
-        self._durations = {method: durations.labels(method) for method in self._methods}
-        self._answered: dict[tuple[str, int], Counter] = {}
-        self.registry.register(self)
-        self.registry.register(REGISTRY)
+        self._running: set[int] = set()  # the threads of the calls that run
+        self._lock = threading.Lock()  # of the numbers below, all by method
+        self._answered = {(method, 200): 0 for method in plugin.methods}  # and status
+        self._failed = dict.fromkeys(plugin.methods, 0)
+        self._durations = {method: [0] * (len(_SECONDS) + 1) for method in plugin.methods}
+        self._seconds = dict.fromkeys(plugin.methods, 0.0)
 
     def measured(self, answer: Answerer) -> Answerer:
         """For `Plugin.wrap`."""
-        running, durations, answered = self._running, self._durations, self._answered
+        running = self._running
 
         def measure(path: str, body: bytes) -> Answer:
             thread = threading.get_ident()
@@ -85,33 +85,55 @@ class _Metrics:
                 given = answer(path, body)
             finally:
                 running.discard(thread)
-            method = path[1:] if path[1:] in durations else "unknown"
-            status = 503 if calls.is_given_up() else given.status
-            counter = answered.get((method, status))
-            if counter is None:
-                counter = answered[method, status] = self._calls.labels(method, status)
-            counter.inc()
-            if given.error is not None or status == 503:
-                self._errors.labels(method).inc()
-            if method in durations:
-                durations[method].observe(given.call["ms"] / 1000)
+            self._count(path[1:], 503 if calls.is_given_up() else given.status, given)
             return given
 
         return measure
 
+    def _count(self, method: str, status: int, given: Answer) -> None:
+        if method not in self._durations:
+            method = "unknown"
+        with self._lock:
+            self._answered[method, status] = self._answered.get((method, status), 0) + 1
+            if method == "unknown":
+                return
+            if status != 200:
+                self._failed[method] += 1
+            seconds = given.call["ms"] / 1000
+            self._durations[method][bisect_left(_SECONDS, seconds)] += 1
+            self._seconds[method] += seconds
+
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
+        with self._lock:
+            answered, failed, seconds = dict(self._answered), dict(self._failed), dict(self._seconds)
+            durations = {method: list(accumulate(counts)) for method, counts in self._durations.items()}
+        made = CounterMetricFamily("netplugin_calls", "Calls that were answered.", labels=["method", "status"])
+        for (method, status), count in answered.items():
+            made.add_metric([method, str(status)], count)
+        errors = CounterMetricFamily("netplugin_call_errors", "Calls that failed.", labels=["method"])
+        for method, count in failed.items():
+            errors.add_metric([method], count)
+        lasted = HistogramMetricFamily("netplugin_call_duration_seconds", "How long they took.", labels=["method"])
+        for method, counts in durations.items():
+            if counts[-1]:
+                lasted.add_metric([method], list(zip(_BOUNDS, counts, strict=True)), seconds[method])
         networks = tuple(self._plugin.networks.values())
         endpoints = [endpoint for network in networks for endpoint in tuple(network.endpoints.values())]
         published = sum(len(external.port_map) for endpoint in endpoints if (external := endpoint.external))
-        yield GaugeMetricFamily("netplugin_calls_in_progress", "Calls being answered.", len(self._running))
-        yield GaugeMetricFamily("netplugin_networks", "Networks.", len(networks))
-        yield GaugeMetricFamily("netplugin_endpoints", "Endpoints.", len(endpoints))
-        yield GaugeMetricFamily("netplugin_published_ports", "Port mappings that are published.", published)
         repairs = CounterMetricFamily("netplugin_repairs", "What was done unasked.", labels=["kind"])
         for kind, count in self._plugin.repairs.items():
             repairs.add_metric([kind], count)
-        yield repairs
         info = GaugeMetricFamily("netplugin_build_info", "Always 1.", labels=["plugin", "version"])
         info.add_metric([self._name, version("netplugin-sdk")], 1)
-        yield info
+        yield from (
+            made,
+            errors,
+            lasted,
+            GaugeMetricFamily("netplugin_calls_in_progress", "Calls that are being answered.", len(self._running)),
+            GaugeMetricFamily("netplugin_networks", "Networks.", len(networks)),
+            GaugeMetricFamily("netplugin_endpoints", "Endpoints.", len(endpoints)),
+            GaugeMetricFamily("netplugin_published_ports", "Port mappings that are published.", published),
+            repairs,
+            info,
+        )

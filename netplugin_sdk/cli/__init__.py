@@ -10,6 +10,8 @@ import click
 from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
+    "serve": "netplugin_sdk.cli.serve:serve",
+    "dev": "netplugin_sdk.cli.dev:dev",
     "check": "netplugin_sdk.cli.check:check",
 }
 """Name → where it is. Help lists them in this order."""
