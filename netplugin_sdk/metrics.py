@@ -18,6 +18,7 @@ is shown too: a driver's own metrics need no more than to be made, and the proce
 
 from __future__ import annotations
 
+import socket
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -54,9 +55,12 @@ def exporting(plugin: Plugin, name: str, host: str, port: int) -> Iterator[None]
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
+        stopping = threading.Thread(target=server.shutdown)
+        stopping.start()
+        server.socket.shutdown(socket.SHUT_RDWR)  # else it looks only every half second whether it is to stop
+        stopping.join()
         thread.join()
+        server.server_close()
 
 
 class _Metrics:

@@ -100,7 +100,7 @@ def _look(roots: list[Path]) -> _Saved:
                 continue
             inner[:] = [name for name in inner if not name.startswith((".", "__pycache__", "node_modules"))]
             for name in names:
-                if name.endswith(".py"):
+                if name.endswith(".py") and not name.startswith("."):
                     _note(saved, f"{folder}/{name}")
         if root.is_file():
             _note(saved, str(root))
