@@ -86,7 +86,8 @@ def _roots(drivers: tuple[str, ...]) -> list[Path]:
             raise click.ClickException(f"there is no module {name} here, nor is one installed")
         folders: list[str] = spec.submodule_search_locations or [spec.origin or ""]
         places = list(map(Path, folders))
-        roots += [here if place.is_relative_to(here) else place for place in places]
+        ours = [place.is_relative_to(here) and "site-packages" not in place.parts for place in places]
+        roots += [here if our else place for our, place in zip(ours, places, strict=True)]
     return list(dict.fromkeys(roots))
 
 
@@ -169,6 +170,7 @@ class _Reloader:
     def __init__(self, command: list[str], listener: socket.socket, roots: list[Path]) -> None:
         self._command, self._listener, self._roots = command, listener, roots
         self._signals = 0  # that asked for the end
+        self._pause = _LOOK
 
     def run(self) -> None:
         """Until SIGINT, SIGTERM or SIGHUP."""
@@ -177,7 +179,7 @@ class _Reloader:
         while not self._signals:
             saved = _settle(self._roots)
             child = _Child(self._command, self._listener)
-            while not self._signals and not child.ends(_LOOK):
+            while not self._signals and not child.ends(self._pause):
                 if self._is_saved_since(saved):
                     break
             ended = child.ends(0)
@@ -186,13 +188,15 @@ class _Reloader:
             if ended and not self._signals:
                 _say(f"it ended, with status {status}: calls wait until a file is saved and it can be started", "red")
             while ended and not self._signals and not self._is_saved_since(saved):
-                time.sleep(_LOOK)
+                time.sleep(self._pause)
 
     def _end(self, _number: int, _frame: FrameType | None) -> None:
         self._signals += 1
 
     def _is_saved_since(self, saved: _Saved) -> bool:
+        began = time.monotonic()
         found = _look(self._roots)
+        self._pause = max(_LOOK, 10 * (time.monotonic() - began))  # a tenth of a processor, in however large a folder
         if changed := sorted({path for path, _ in found.items() ^ saved.items()}):
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
             _say(f"{os.path.relpath(changed[0])}{more} changed: starting anew")

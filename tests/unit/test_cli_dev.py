@@ -25,13 +25,18 @@ SAVES = 8
 
 SOURCE = """
 import os, time
+from pathlib import Path
 from helper import VERSION
 from netplugin_sdk import Join, NetworkDriver, Scope
 
 class Counting(NetworkDriver):
     scope = Scope.GLOBAL
     def allocate_network(self, request):
-        time.sleep(float(request.options.get("seconds", 0)))
+        if "started" in request.options:  # wait until the test lets it go on
+            started = Path(request.options["started"])
+            started.touch()
+            while started.exists():
+                time.sleep(0.01)
         known = sum(len(network.endpoints) for network in self.networks.values())
         return {"version": str(VERSION), "endpoints": str(known), "pid": str(os.getpid())}
     def create_network(self, network): pass
@@ -102,6 +107,7 @@ def developing(folder: Path, *arguments: str) -> Iterator[Dev]:
 def dev(tmp_path: Path) -> Iterator[Dev]:
     with developing(tmp_path) as dev:
         wait_for(dev.path.exists, "the socket")
+        dev.wait_for_version(0)
         yield dev
 
 
@@ -121,6 +127,9 @@ def test_callers_never_notice_that_code_is_saved(dev: Dev) -> None:
         except BaseException as error:
             failed.append(error)
 
+    def last(kind: str) -> int:
+        return int(answers[kind][-1]["version"]) if answers[kind] else 0
+
     # As an engine with its kept connections, but without its second tries.
     kept = RemotePlugin(address, patience=Patience(total=0))
     request = {"NetworkID": NETWORK, "Options": {}}
@@ -137,7 +146,7 @@ def test_callers_never_notice_that_code_is_saved(dev: Dev) -> None:
         try:
             for version in range(1, SAVES + 1):
                 dev.save(version)
-                dev.wait_for_version(version)
+                wait_for(lambda: failed or all(last(kind) == version for kind in answers), "all callers to see it")  # noqa: B023
         finally:
             ended.set()
             for thread in threads:
@@ -153,19 +162,22 @@ def test_callers_never_notice_that_code_is_saved(dev: Dev) -> None:
 
 
 def test_a_call_that_runs_is_answered_by_the_old_code(dev: Dev) -> None:
-    with connect_unix(dev.path) as running:
-        running.send(echo(network=ENDPOINT, seconds="1.5"))
-        time.sleep(0.3)  # it is being answered
+    call = dev.folder / "call"
+    with connect_unix(dev.path) as running, connect_unix(dev.path) as kept:
+        kept.echo()
+        running.send(echo(network=ENDPOINT, started=str(call)))
+        wait_for(call.exists, "the call to start")
         dev.save(1)
-        dev.wait_for_log("helper.py changed: starting anew")
-        started = time.monotonic()
-        assert dev.ask()["version"] == "1", "a call that waited for the new code"
-        assert time.monotonic() - started > 0.1
-        assert running.receive().options["version"] == "0"
+        kept.expect_end()
+        with connect_unix(dev.path) as waiting:
+            waiting.send(echo())
+            waiting.expect_silence()
+            call.unlink()
+            assert running.last().options["version"] == "0"
+            assert waiting.receive().options["version"] == "1"
 
 
 def test_code_that_cannot_be_imported_is_shown_and_calls_wait_for_the_next_save(dev: Dev) -> None:
-    dev.wait_for_version(0)
     dev.save("(")
     dev.wait_for_log("SyntaxError: '(' was never closed")
     dev.wait_for_log("it ended, with status 1: calls wait until a file is saved and it can be started")
@@ -180,7 +192,6 @@ def test_code_that_cannot_be_imported_is_shown_and_calls_wait_for_the_next_save(
 
 
 def test_new_files_count_but_not_those_that_are_nobodys_code(dev: Dev) -> None:
-    dev.wait_for_version(0)
     pid = dev.ask()["pid"]
     (dev.folder / "venv/lib").mkdir(parents=True)
     (dev.folder / "venv/pyvenv.cfg").touch()
@@ -193,12 +204,14 @@ def test_new_files_count_but_not_those_that_are_nobodys_code(dev: Dev) -> None:
 
 
 def test_ctrl_c_ends_it_and_removes_the_socket(dev: Dev) -> None:
-    dev.wait_for_version(0)
+    call = dev.folder / "call"
     with connect_unix(dev.path) as running:
-        running.send(echo(seconds="0.5"))
-        time.sleep(0.2)
+        running.send(echo(started=str(call)))
+        wait_for(call.exists, "the call to start")
         os.killpg(dev.process.pid, signal.SIGINT)
-        assert running.receive().options["version"] == "0"
+        running.expect_silence()
+        call.unlink()
+        assert running.last().options["version"] == "0"
     assert dev.process.wait(TIMEOUT) == 0
     assert not dev.path.exists()
     assert "Traceback" not in dev.log
@@ -214,7 +227,6 @@ def test_it_ends_while_code_is_broken(dev: Dev, number: signal.Signals) -> None:
 
 
 def test_it_ends_while_the_code_is_imported(dev: Dev) -> None:
-    dev.wait_for_version(0)
     dev.save("__import__('time').sleep(60)")
     dev.wait_for_log("changed")
     time.sleep(0.5)
@@ -224,7 +236,6 @@ def test_it_ends_while_the_code_is_imported(dev: Dev) -> None:
 
 
 def test_a_kill_leaves_no_process(dev: Dev) -> None:
-    dev.wait_for_version(0)
     (child,) = dev.children()
     dev.process.kill()
     wait_for(lambda: not lives(child), "the child to end")

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
-from netplugin_sdk import DriverError, Plugin, Unavailable, serve
+from netplugin_sdk import DriverError, Endpoint, Network, Plugin, Unavailable, losses, serve
 from netplugin_sdk.calls import Call
 from netplugin_sdk.metrics import exporting
 
@@ -25,6 +25,7 @@ from .lab import (
     OTHER_ENDPOINT,
     Crash,
     Docker,
+    Options,
     Publisher,
     Recorder,
     create_endpoint,
@@ -162,6 +163,24 @@ def test_repairs_are_counted_by_their_kind(tmp_path: Path) -> None:
         plugin.reconcile()
         wait_for(lambda: Scrape(port)["repairs_total", "reconciled"] == 2, "it to be done again")
         assert Scrape(port).all("repairs_total") == {("reconciled",): 2, ("half_done",): 1, ("failed",): 1}
+
+
+class Forgotten(Recorder):
+    def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
+        return True
+
+
+def test_what_vanishes_and_containers_that_ended_unnoticed_are_repairs_too() -> None:
+    port = free_port()
+    with Plugin(Forgotten()) as plugin, exporting(plugin, "l2", "127.0.0.1", port):
+        docker = Docker(plugin)
+        docker("CreateNetwork", create_network())
+        docker.run()
+        docker("Plugin.Activate")  # an engine that was killed
+        assert Scrape(port).all("repairs_total") == {("reconciled",): 1, ("container_gone",): 1}
+        losses.tell("interface br-1 is gone")
+        assert Scrape(port)["repairs_total", "lost"] == 1
+        wait_for(lambda: Scrape(port)["repairs_total", "reconciled"] == 2, "it to be brought back")
 
 
 def test_no_call_is_lost_in_the_count(exported: Exported) -> None:
