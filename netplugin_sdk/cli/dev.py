@@ -119,11 +119,12 @@ def _note(saved: _Saved, path: str) -> None:
 def _settle(roots: list[Path]) -> _Saved:
     """What there is when nobody is saving: editors write a file in steps, and several at a time."""
     saved = _look(roots)
-    while True:
+    for _ in range(20):  # somebody may write one all the time
         time.sleep(_SETTLED)
         before, saved = saved, _look(roots)
         if saved == before:
-            return saved
+            break
+    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
