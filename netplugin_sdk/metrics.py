@@ -8,9 +8,14 @@
 ``netplugin_networks``                 gauge      networks that the plugin has
 ``netplugin_endpoints``                gauge      endpoints of them
 ``netplugin_published_ports``          gauge      port mappings that the engine has had published
-``netplugin_repairs_total``            counter    what nobody called for, by ``kind`` (`netplugin_sdk.lifecycle.Repair`)
+``netplugin_repairs_total``            counter    what nobody called for, by ``kind`` (see below)
 ``netplugin_build_info``               gauge      1; ``plugin`` is its name, ``version`` the SDK's
 =====================================  =========  =================================================================
+
+Kinds of repairs: ``reconciled``, all networks were held against the kernel, as at each start; ``lost``, something of ours
+vanished from it; ``half_done``, what a crash or a failure left half done was finished or undone; ``container_gone``, an
+endpoint was deleted whose container ended unnoticed; ``unknown_to_docker``, a network or an endpoint was deleted that
+Docker does not know any more; ``failed``, one of these could not be done.
 
 Methods that the plugin does not have are all ``unknown``. What else the process has registered with prometheus-client
 is shown too: a driver's own metrics need no more than to be made, and the process's memory and descriptors are there.
@@ -18,6 +23,7 @@ is shown too: a driver's own metrics need no more than to be made, and the proce
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from bisect import bisect_left
@@ -32,6 +38,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from netplugin_sdk import calls
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.plugin import Answer, Answerer, Plugin
+
+_log = logging.getLogger("netplugin_sdk")
 
 _SECONDS = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 2.5, 5.0))[:-1]  # 0.1 ms to 25 s
 _BOUNDS = (*map(str, _SECONDS), "+Inf")
@@ -52,6 +60,7 @@ def exporting(plugin: Plugin, name: str, host: str, port: int) -> Iterator[None]
     except OSError as error:
         raise Unavailable(f"cannot serve metrics on {host} port {port}: {error}") from error
     plugin.wrap(metrics.measured)
+    _log.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, server.server_port)
     try:
         yield
     finally:

@@ -106,6 +106,7 @@ def test_a_served_plugin_is_scraped(tmp_path: Path) -> None:
             (tmp_path / "call").unlink()
             assert client.receive().status == 200
         after = Scrape(port)
+        assert any(line.endswith(f" metrics at http://127.0.0.1:{port}/metrics") for line in plugin.log)
     assert (before["calls_in_progress"], during["calls_in_progress"], after["calls_in_progress"]) == (0, 1, 0)
     assert after.all("calls_total") == {
         (method, "200"): 4,
