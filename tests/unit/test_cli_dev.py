@@ -106,7 +106,7 @@ def developing(folder: Path, *arguments: str) -> Iterator[Dev]:
 @pytest.fixture
 def dev(tmp_path: Path) -> Iterator[Dev]:
     with developing(tmp_path) as dev:
-        wait_for(dev.path.exists, "the socket")
+        dev.wait_for_log(" listens at ")
         dev.wait_for_version(0)
         yield dev
 

@@ -17,6 +17,7 @@ import netplugin_sdk
 from netplugin_sdk import TLSFiles
 from netplugin_sdk.cli import main
 from netplugin_sdk.docker import SOCKET
+from netplugin_sdk.testing.engine import listens
 
 from .serving import DRIVER, TIMEOUT, connect_unix, wait_for
 
@@ -333,7 +334,7 @@ def test_it_serves_until_sigterm_what_the_current_folder_has(folder: Path) -> No
     command = (*NETPLUGIN, "serve", "echoes:Echo", "echoes:addresses")
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as plugin:
         try:
-            wait_for(path.exists, "the socket")
+            wait_for(lambda: listens(path), "the socket")
             with connect_unix(path) as client:
                 assert client.echo(n="1") == {"n": "1"}
             again = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
