@@ -7,6 +7,7 @@ one call of each caller under way (closed loop) over keep-alive connections, and
 Every Join is the first of an endpoint that was created before, never a repetition.
 
 - sdk: this SDK's server and plugin as `serve` runs them, logging a line a call, state in SQLite on disk.
+- sdk-metrics: the same, measured for Prometheus, which does not ask meanwhile.
 - sdk-memory: the same without the file.
 - waitress: the same plugin (state on disk) as a WSGI application under waitress.
 - docker-plugin-api: PyPI's docker-plugin-api 0.4 (Flask) under Werkzeug's server. It checks and remembers nothing.
@@ -33,7 +34,7 @@ from typing import Any
 
 from netplugin_sdk import Endpoint, Join, Network, NetworkDriver, Plugin, Sandbox, serve
 
-SERVERS = ("sdk", "sdk-memory", "waitress", "docker-plugin-api")
+SERVERS = ("sdk", "sdk-metrics", "sdk-memory", "waitress", "docker-plugin-api")
 NETWORK = "937ae052fefe991b2d2409d7837e1a10b54195e97ae4488923ed9854c543e6f0"
 OPTIONS = {
     "com.docker.network.endpoint.exposedports": [{"Proto": 6, "Port": 80}],
@@ -70,6 +71,10 @@ class Bare(NetworkDriver):
 
 def serve_sdk(path: str, folder: str) -> None:
     serve(Bare(), name="bench", socket_path=path, state=folder)
+
+
+def serve_sdk_metrics(path: str, folder: str) -> None:
+    serve(Bare(), name="bench", socket_path=path, state=folder, metrics=("127.0.0.1", 0))
 
 
 def serve_sdk_memory(path: str, folder: str) -> None:
@@ -118,6 +123,7 @@ def serve_docker_plugin_api(path: str, folder: str) -> None:  # noqa: ARG001
 
 START: dict[str, Callable[[str, str], None]] = {
     "sdk": serve_sdk,
+    "sdk-metrics": serve_sdk_metrics,
     "sdk-memory": serve_sdk_memory,
     "waitress": serve_waitress,
     "docker-plugin-api": serve_docker_plugin_api,

@@ -57,6 +57,12 @@ def current() -> Call | None:
     return call
 
 
+def is_given_up() -> bool:
+    """Whether the engine was told that what this thread answers took too long: by a 503, whatever it answers now."""
+    call = current()
+    return call is not None and call.given_up
+
+
 def refuse_if_late() -> None:
     """For what has waited, before it begins. Raises `Unavailable` if the engine waits no more."""
     call = current()

@@ -8,11 +8,12 @@ down that it is done; answers. A method that fails half-way is undone by its opp
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Generic, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, get_args
 
 from netplugin_sdk import calls, messages
 from netplugin_sdk.background import Background, Locks
@@ -25,6 +26,11 @@ _log = logging.getLogger("netplugin_sdk")
 
 Handler: TypeAlias = Callable[[Any, bytes], bytes]
 """Takes the decoded request and its body, gives the body of the answer."""
+
+Repair: TypeAlias = Literal["reconciled", "lost", "half_done", "container_gone", "unknown_to_docker", "failed"]
+"""What nobody called for. All networks were held against the kernel; something of ours vanished from it; what was half
+done was finished or undone; an endpoint was deleted whose container ended unnoticed; so was what Docker does not know;
+one of these could not be done."""
 
 _ToEndpoint: TypeAlias = (
     messages.CreateEndpoint | messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
@@ -47,6 +53,9 @@ class NetworkLifecycle(Generic[OptionsT]):
         """Told of each new network."""
         self.joined: Callable[[Network[OptionsT], Endpoint], None] = lambda _network, _endpoint: None
         """Told of each new join."""
+        self.repairs: dict[Repair, int] = dict.fromkeys(get_args(Repair), 0)
+        """How often each was done."""
+        self._counting = threading.Lock()
         self._locks = Locks()
         self._rests = Background("rests")
         self._unfinished: set[Network[OptionsT] | Endpoint] = set()
@@ -63,6 +72,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             for endpoint in tuple(network.endpoints.values()):
                 if endpoint.join is not None and self.driver.endpoint_is_gone(network, endpoint):
                     _log.warning("%r is gone, its container ended unnoticed: deleting it", endpoint)
+                    self.count("container_gone")
                     self.free(network, endpoint)
 
     def free(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
@@ -84,16 +94,21 @@ class NetworkLifecycle(Generic[OptionsT]):
         """Hold off calls on the network. Raises `Unavailable` where one of them goes on for long."""
         return self._locks.hold(network.id, _PATIENCE)
 
-    @staticmethod
-    def attempt(what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
+    def count(self, repair: Repair) -> None:
+        """It is done."""
+        with self._counting:
+            self.repairs[repair] += 1
+
+    def attempt(self, what: str, record: Network[OptionsT] | Endpoint, step: Callable[[], object]) -> bool:
         """Whether it could be done; else it is logged, since nobody waits for it."""
         try:
             step()
-        except DriverError as error:
-            _log.error("cannot %s %r: %s", what, record, error)
-            return False
-        except Exception:
-            _log.exception("cannot %s %r", what, record)
+        except Exception as error:
+            if isinstance(error, DriverError):
+                _log.error("cannot %s %r: %s", what, record, error)
+            else:
+                _log.exception("cannot %s %r", what, record)
+            self.count("failed")
             return False
         return True
 
@@ -405,6 +420,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         if found is None or found[1].row.intent in (None, "ProgramExternalConnectivity", "RevokeExternalConnectivity"):
             return found
         _log.warning("%r: %s was not finished: finishing or undoing it", found[1], found[1].row.intent)
+        self.count("half_done")
         self.settle(*found)
         return self._find_endpoint(request)
 

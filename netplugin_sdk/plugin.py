@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from netplugin_sdk import messages
 from netplugin_sdk.calls import Call
@@ -14,9 +15,9 @@ from netplugin_sdk.database import Folder
 from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
-from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Routes
+from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Repair, Routes
 from netplugin_sdk.reconcile import PoolReconciler, Reconciler
-from netplugin_sdk.state import Store
+from netplugin_sdk.state import Network, Store
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,6 +40,10 @@ class Answer(NamedTuple):
     body: bytes
     call: dict[str, Any]
     error: str | None = None
+
+
+Answerer: TypeAlias = Callable[[str, bytes], Answer]
+"""Answers one call: path and body as `Plugin.handle` takes them."""
 
 
 class Plugin:
@@ -75,6 +80,7 @@ class Plugin:
         self._pool_reconciler: PoolReconciler | None = None
         self._rests: Callable[[], None] = lambda: None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
+        self._answer: Answerer = self._answer_call
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
         folder = None if self._folder is None else self._folder.path
         docker = None if docker is None else Path(docker)
@@ -106,9 +112,32 @@ class Plugin:
         """
         with call or Call() as here:
             here.method = path[1:]
-            return self._handle(path, body)
+            return self._answer(path, body)
 
-    def _handle(self, path: str, body: bytes) -> Answer:
+    def wrap(self, wrapper: Callable[[Answerer], Answerer]) -> None:
+        """Put something around every call from now on, such as a measurement: as middleware is around an application.
+
+        `wrapper` takes what answers a call and returns what does so instead, in the same thread; neither raises.
+        Not while calls are running.
+        """
+        self._answer = wrapper(self._answer)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """What can be called, as in ``NetworkDriver.Join``. Everything else is a 404."""
+        return frozenset(path[1:] for path in self._routes)
+
+    @property
+    def networks(self) -> Mapping[str, Network[Any]]:
+        """All networks by id; an IPAM driver has none."""
+        return {} if self._store is None else MappingProxyType(self._store.networks)
+
+    @property
+    def repairs(self) -> Mapping[Repair, int]:
+        """What the network driver's networks had to be helped with, since the start: how often."""
+        return {} if self._reconciler is None else self._reconciler.repairs
+
+    def _answer_call(self, path: str, body: bytes) -> Answer:
         started = time.perf_counter()
         try:
             kind, handler = self._routes[path]

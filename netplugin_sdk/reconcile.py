@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from netplugin_sdk.background import Background, Inquiries
 from netplugin_sdk.docker import Docker, DockerError
 from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import NotFound
-from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle
+from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Repair
 from netplugin_sdk.messages import Scope
 from netplugin_sdk.state import Endpoint, Network, OptionsT
 
@@ -97,6 +98,11 @@ class Reconciler(Generic[OptionsT]):
         if self._driver.overrides("container_attached"):
             self._lifecycle.joined = self._find_container
 
+    @property
+    def repairs(self) -> Mapping[Repair, int]:
+        """What was done, and how often."""
+        return self._lifecycle.repairs
+
     def close(self) -> None:
         """End what is done in the background."""
         with suppress(ValueError):  # it was not started
@@ -119,6 +125,7 @@ class Reconciler(Generic[OptionsT]):
         done = [self._lifecycle.attempt("restore", network, partial(self._restore, network)) for network in networks]
         if networks:
             _log.info("%d of %d networks are restored, in %.2f s", sum(done), len(done), time.monotonic() - began)
+        self._lifecycle.count("reconciled")
         self._compare_with_docker(0.0)
 
     def engine_starts(self) -> None:
@@ -130,6 +137,7 @@ class Reconciler(Generic[OptionsT]):
 
     def _hear(self, loss: str) -> None:
         _log.warning("%s: bringing it back", loss)
+        self._lifecycle.count("lost")
         self.request()
 
     def _repair(self) -> None:
@@ -149,11 +157,13 @@ class Reconciler(Generic[OptionsT]):
                 return  # deleted meanwhile
             if network.row.intent is not None:  # CreateNetwork or DeleteNetwork, which nobody will ask for again
                 _log.warning("%r: %s was not finished: removing it", network, network.row.intent)
+                lifecycle.count("half_done")
                 lifecycle.drop_network(network)
                 return
             for endpoint in tuple(network.endpoints.values()):
                 if endpoint.row.intent is not None:
                     _log.warning("%r: %s was not finished: finishing or undoing it", endpoint, endpoint.row.intent)
+                    lifecycle.count("half_done")
                     lifecycle.attempt("settle", endpoint, partial(lifecycle.settle, network, endpoint))
             driver.create_network(network)
             for endpoint in tuple(network.endpoints.values()):
@@ -244,9 +254,11 @@ class Reconciler(Generic[OptionsT]):
             if isinstance(record, Endpoint):
                 if network.endpoints.get(record.id) is record:
                     _log.warning("%r is unknown to Docker: deleting it", record)
+                    self._lifecycle.count("unknown_to_docker")
                     self._lifecycle.free(network, record)
             elif self._networks.get(record.id) is record:
                 _log.warning("%r is unknown to Docker: deleting it", record)
+                self._lifecycle.count("unknown_to_docker")
                 self._lifecycle.store.save(record, intent="DeleteNetwork")
                 self._lifecycle.drop_network(record)
             self._missing.pop(record.id, None)

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,7 @@ from netplugin_sdk.docker import SOCKET
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, Unavailable
 from netplugin_sdk.plugin import CONTENT_TYPE, Answer, Plugin, refusal
+from netplugin_sdk.tracing import trace_calls
 
 if TYPE_CHECKING:
     import ssl
@@ -61,6 +62,7 @@ _log = logging.getLogger("netplugin_sdk")
 _BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 _CHUNK = 64 * 1024
 _PATIENCE = 0.002  # seconds that one call may hold up others; a change of threads costs a twentieth
+_COURTESY = 0.2  # seconds for a client that has connected and not called yet, when the server stops
 _LOOK = 0.4  # of the time for a call, after which the log says where it is
 _UNLOGGED = 64  # calls whose lines may wait while others are served
 _OFTEN = 3  # slow calls that make a method a slow one
@@ -146,6 +148,11 @@ class _RequestReader:
     def midway(self) -> bool:
         """Whether a request has begun and is not complete."""
         return self._fed > 0
+
+    @property
+    def expected(self) -> bool:
+        """Whether a request is on its way: it has begun, or would be the first of its connection."""
+        return self._fed > 0 or not self._target
 
     def feed(self, data: bytes) -> list[_Request]:
         """The requests that `data` completes; look at `refused` after them."""
@@ -273,6 +280,11 @@ class _Connection:
             with suppress(OSError):
                 self._send(_head(answer, keep_alive=False) + answer.body)
             self.abort()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request of its client is on its way, as far as one can tell."""
+        return self._reader.expected
 
     def stop_reading(self) -> None:
         """Let the client send nothing more. What was received is still answered."""
@@ -428,30 +440,7 @@ class Server:
             Conflict: another process serves it, or something that is not a socket is there.
             Unavailable: it cannot be made; the text says why.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            owner_id, group_id = _user_id(owner), _group_id(group)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.parent):
-                _remove_stale(path)
-                os.fchmod(listener.fileno(), mode)  # before it has a name, so that it is never wider open
-                listener.bind(str(path))
-                made = path.lstat()
-                try:
-                    os.chown(path, owner_id, group_id)
-                    path.chmod(mode)
-                    listener.listen(_BACKLOG)
-                except OSError:
-                    _remove_own(path, made)
-                    raise
-        except (OSError, KeyError) as error:
-            listener.close()
-            raise Unavailable(f"cannot listen on {path}: {error}") from error
-        except BaseException:
-            listener.close()
-            raise
-        self._add(listener)
-        self._cleanup.callback(_remove_own, path, made)
+        self._add(self._cleanup.enter_context(unix_socket(path, mode=mode, owner=owner, group=group)))
 
     def listen_tcp(
         self,
@@ -479,27 +468,14 @@ class Server:
         Raises:
             Unavailable: it cannot listen, read `tls` or write the file; or it would be plain TCP beyond the host.
         """
-        if tls is None and not plain:
-            _refuse_beyond_loopback(host)
         try:
             context = None if tls is None else _tls_context(tls)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise Unavailable(f"cannot listen on {host} port {port}: {error}") from error
+        made = tcp_socket(host, port, name=name, tls=tls, plain=plain, folder=folder)
+        listener = self._cleanup.enter_context(made)
         self._add(listener, context)
-        port = int(listener.getsockname()[1])
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        file, content = _discovery(name, address, tls, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            temporary.rename(file)
-        except OSError as error:
-            raise Unavailable(f"cannot write {file}: {error}") from error
-        self._cleanup.callback(_remove_own, file, file.stat())
-        return port
+        return int(listener.getsockname()[1])
 
     def listen_systemd(self, *, tls: TLSFiles | None = None, plain: bool = False) -> bool:
         """Take over the sockets of a systemd ``.socket`` unit (``LISTEN_FDS``, sd_listen_fds(3)), if there are any.
@@ -626,12 +602,16 @@ class Server:
 
     def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, peers: _Peers | None) -> None:
         try:
-            client, _ = listener.accept()
-        except OSError as error:
+            with self._lock:
+                if self._accepting:  # else who waits is for the next server at this socket
+                    client, _ = listener.accept()
+                    self._welcome(client, tls, peers)
+        except OSError as error:  # else: gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 _log.error("cannot accept a connection: %s", error)
                 time.sleep(0.1)
-            return  # else: gone already
+
+    def _welcome(self, client: socket.socket, tls: ssl.SSLContext | None, peers: _Peers | None) -> None:
         try:
             if peers is not None and (stranger := peers.stranger(client)):
                 _log.warning("refused a connection by %s", stranger)
@@ -642,13 +622,10 @@ class Server:
             _log.debug("connection ended: %s", error)
             client.close()
             return
-        with self._lock:
-            self._connections[connection.fileno()] = connection
-            self._epoll.register(connection, select.EPOLLIN)
-            if self.stopping:
-                connection.stop_reading()
-            elif len(self._connections) >= self.limits.connections:
-                self._accept_more(False)  # the backlog holds the others until somebody leaves
+        self._connections[connection.fileno()] = connection
+        self._epoll.register(connection, select.EPOLLIN)
+        if len(self._connections) >= self.limits.connections:
+            self._accept_more(False)  # the backlog holds the others until somebody leaves
 
     def _accept_more(self, accepting: bool) -> None:
         if accepting is not self._accepting:
@@ -731,6 +708,12 @@ class Server:
         until = time.monotonic() + self.limits.drain_time
         with self._lock:
             for connection in self._connections.values():
+                if not connection.awaited:
+                    connection.stop_reading()
+        # An engine that finds its new connection ended does not try another one at once.
+        self._watch(lambda: not self._connections, min(until, time.monotonic() + _COURTESY))
+        with self._lock:
+            for connection in self._connections.values():
                 connection.stop_reading()
         self._watch(lambda: not self._connections, until)
         with self._lock:
@@ -762,6 +745,61 @@ class Server:
         os.close(self._waker)
         os.close(self._bell)
         self._bell = -1
+
+
+@contextmanager
+def unix_socket(
+    path: Path, *, mode: int = 0o600, owner: int | str | None = None, group: int | str | None = None
+) -> Iterator[socket.socket]:
+    """A unix socket that listens, for who hands it on; afterwards it and its file are gone.
+
+    Arguments and errors are those of `Server.listen_unix`.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, ExitStack() as removing:
+        try:
+            owner_id, group_id = _user_id(owner), _group_id(group)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.parent):
+                _remove_stale(path)
+                os.fchmod(listener.fileno(), mode)  # before it has a name, so that it is never wider open
+                listener.bind(str(path))
+                removing.callback(_remove_own, path, path.lstat())
+                os.chown(path, owner_id, group_id)
+                path.chmod(mode)
+                listener.listen(_BACKLOG)
+        except (OSError, KeyError) as error:
+            raise Unavailable(f"cannot listen on {path}: {error}") from error
+        yield listener
+
+
+@contextmanager
+def tcp_socket(
+    host: str, port: int, *, name: str, tls: TLSFiles | None = None, plain: bool = False, folder: Path = SPEC_FOLDER
+) -> Iterator[socket.socket]:
+    """A TCP socket that listens, for who hands it on; afterwards it and the discovery file are gone.
+
+    Arguments and errors are those of `Server.listen_tcp`; `tls` is for the discovery file only.
+    """
+    if tls is None and not plain:
+        _refuse_beyond_loopback(host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host} port {port}: {error}") from error
+    with listener, ExitStack() as removing:
+        port = listener.getsockname()[1]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        file, content = _discovery(name, address, tls, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            temporary.rename(file)
+            removing.callback(_remove_own, file, file.stat())
+        except OSError as error:
+            raise Unavailable(f"cannot write {file}: {error}") from error
+        yield listener
 
 
 class _Peers(msgspec.Struct, frozen=True):
@@ -899,6 +937,7 @@ def serve(
     state: Path | str | None = None,
     docker: Path | str | None = SOCKET,
     limits: Limits | None = None,
+    metrics: tuple[str, int] | None = None,
     log_format: Literal["text", "json"] = "text",
     log_level: str = "INFO",
 ) -> None:
@@ -906,7 +945,8 @@ def serve(
 
     It listens on the sockets that systemd hands over, else on `tcp` if that is given, else on a unix socket. It tells
     systemd when it is ready, that it lives and when it stops (sd_notify(3)), and logs one line a call to standard
-    error. SIGHUP makes it hold what it knows against the kernel and Docker (`Plugin.reconcile`).
+    error. SIGHUP makes it hold what it knows against the kernel and Docker (`Plugin.reconcile`). Where the process has
+    an OpenTelemetry tracer provider by now, each call is a span (`netplugin_sdk.tracing`).
 
     Args:
         *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each.
@@ -921,6 +961,8 @@ def serve(
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
         docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
         limits: what one client may cost.
+        metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.metrics`); it needs the extra
+            ``netplugin-sdk[metrics]``, and anybody who reaches it may read.
         log_format: ``text``, or ``json`` for one object a line.
         log_level: of the standard library's `logging`; DEBUG shows each connection.
 
@@ -928,16 +970,17 @@ def serve(
         ValueError: `name` cannot be a plugin's name.
         Conflict, Unavailable: it cannot start; the text says why.
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot be a plugin's name: letters, digits, and _ . - after the first")
+    check_name(name)
     _configure_logging(log_format, log_level)
     with (
         Plugin(*drivers, state=STATE_FOLDER / name if state is None else state, docker=docker) as plugin,
         Server(plugin, limits) as server,
         _signals(server),  # before anybody can see that it listens
+        nullcontext() if metrics is None else _exporting(plugin, name, metrics),
     ):
+        trace_calls(plugin)
         if server.listen_systemd(tls=tls, plain=plain_tcp):
-            where = "the sockets of systemd"
+            where = "the sockets that it was given"
         elif tcp is not None:
             port = server.listen_tcp(*tcp, name=name, tls=tls, plain=plain_tcp)
             where = f"{tcp[0]} port {port}"
@@ -949,6 +992,20 @@ def serve(
         _log.info("%s serves %s on %s", name, " and ".join(type(driver).__name__ for driver in drivers), where)
         server.run()
     _log.info("%s stopped", name)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if `name` cannot be a plugin's: it is a part of file names, and of Docker's references."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a plugin's name: letters, digits, and _ . - after the first")
+
+
+def _exporting(plugin: Plugin, name: str, address: tuple[str, int]) -> AbstractContextManager[None]:
+    try:
+        from netplugin_sdk.metrics import exporting  # noqa: PLC0415  # 60 ms that only metrics need
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"metrics need the package {error.name}: pip install 'netplugin-sdk[metrics]'") from error
+    return exporting(plugin, name, *address)
 
 
 @contextmanager

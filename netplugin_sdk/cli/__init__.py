@@ -11,6 +11,8 @@ from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
     "new": "netplugin_sdk.cli.new:new",
+    "serve": "netplugin_sdk.cli.serve:serve",
+    "dev": "netplugin_sdk.cli.dev:dev",
     "check": "netplugin_sdk.cli.check:check",
 }
 """Name → where it is. Help lists them in this order."""

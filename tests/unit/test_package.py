@@ -8,7 +8,17 @@ import pytest
 
 import netplugin_sdk
 
-HEAVY = ("pyroute2", "werkzeug", "click", "ssl", "asyncio", "netplugin_sdk.linux", "netplugin_sdk.testing")
+HEAVY = (
+    "pyroute2",
+    "werkzeug",
+    "click",
+    "ssl",
+    "asyncio",
+    "prometheus_client",
+    "opentelemetry",
+    "netplugin_sdk.linux",
+    "netplugin_sdk.testing",
+)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -167,6 +167,7 @@ def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: S
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
     assert "delete_network" in driver.calls
     assert stays(lambda: set(driver.networks) == {OTHER_NETWORK})
+    assert docker.plugin.repairs["unknown_to_docker"] == 1
 
 
 def test_the_last_network_that_docker_has_forgotten_is_removed_too(engine: Listed, serve: Serve) -> None:

@@ -799,6 +799,21 @@ def test_stop_lets_a_large_answer_be_read_to_its_end(tmp_path: Path) -> None:
         served.wait_stopped()
 
 
+@pytest.mark.parametrize("sent", [0, 40], ids=["nothing yet", "half a request"])
+def test_stop_hears_a_client_that_is_about_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
+    # An engine repeats a call of which a kept connection takes nothing, but not one on a new connection.
+    monkeypatch.setattr("netplugin_sdk.server._COURTESY", TIMEOUT)
+    with serving_unix(tmp_path) as served:
+        calling, idle = served.connect(), served.connect()
+        calling.send(echo(n="1")[:sent])
+        idle.echo(n="2")
+        served.server.stop()
+        idle.expect_end()
+        calling.send(echo(n="1")[sent:])
+        assert calling.last().options == {"n": "1"}
+        served.wait_stopped()
+
+
 def test_stop_does_not_wait_for_the_rest_of_a_request(tmp_path: Path) -> None:
     limits = Limits(request_time=10 * TIMEOUT, drain_time=10 * TIMEOUT)
     with serving_unix(tmp_path, limits) as served, served.connect() as client:

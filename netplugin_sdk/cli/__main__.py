@@ -1,0 +1,3 @@
+from netplugin_sdk.cli import main
+
+main(prog_name="netplugin")
