@@ -119,6 +119,9 @@ def _is_elsewhere(target: str) -> bool:
 
 def _linked(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """In a page's text, too, what stands in backticks and is a public name leads to its description."""
+    for link in list(doctree.findall(nodes.reference)):
+        if re.match(r"https?://[A-Z]+\b", link.get("refuri", "")):  # http://ADDRESS:PORT of a command's help
+            link.replace_self(link.children)
     for literal in list(doctree.findall(nodes.literal)):
         name = literal.astext()
         if not _NAME.fullmatch(name) or isinstance(

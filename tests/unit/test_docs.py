@@ -138,6 +138,11 @@ OF_SPHINX = {"{toctree}", "{eval-rst}", "{include}"}
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_block_is_run_or_says_why_not(page: Path) -> None:
+    commands = r"^ {4,}(docker|ip|make|netplugin|pip|python|systemctl) .*"
+    text = page.read_text()
+    for block in blocks(page):
+        text = text.replace(block.text, "")
+    assert not (loose := re.search(commands, text, re.MULTILINE)), f"outside of a block: {loose}"
     for block in blocks(page):
         written = block.file or block.changes
         assert block.language, f"a block of no language: {block.text}"
