@@ -32,6 +32,7 @@ nitpicky = True
 smartquotes = False  # two hyphens are an option
 
 html_theme = "furo"
+pygments_dark_style = "monokai"  # not the theme's own, which underlines names as if they were links
 html_title = "netplugin_sdk"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
