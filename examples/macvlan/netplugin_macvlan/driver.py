@@ -79,7 +79,10 @@ class MacvlanDriver(NetworkDriver[Options]):
         """Give the endpoint a MAC address, unless ``--mac-address`` did."""
         if endpoint.options.port_map:
             _log.warning("%r: no port is published: the LAN reaches each by the container's own address", endpoint)
-        return None if endpoint.requested.mac_address else EndpointInterface(mac_address=MacAddress.random())
+        if endpoint.requested.mac_address is not None:
+            return None
+        address = endpoint.requested.address
+        return EndpointInterface(mac_address=MacAddress.of(address.ip) if address else MacAddress.random())
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
         """Delete the link, which has come back from the container."""

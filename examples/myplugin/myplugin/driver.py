@@ -97,16 +97,11 @@ class BridgeDriver(NetworkDriver[Options]):
     # ------------------------------------------------------------------------------------------------ endpoints
 
     def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface | None:
-        """Give the endpoint a MAC address, unless ``--mac-address`` did.
-
-        It follows from the IPv4 address: who gets an address again, gets the neighbours' ARP entries right.
-        """
+        """Give the endpoint a MAC address, unless ``--mac-address`` did."""
         if endpoint.requested.mac_address is not None:
             return None
         address = endpoint.requested.address
-        if address is None:
-            return EndpointInterface(mac_address=MacAddress.random())
-        return EndpointInterface(mac_address=MacAddress.from_bytes(b"\x02\x42" + address.ip.packed))
+        return EndpointInterface(mac_address=MacAddress.of(address.ip) if address else MacAddress.random())
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
         """Delete the pair by its outer end, wherever the inner one is."""

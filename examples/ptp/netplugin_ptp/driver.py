@@ -88,6 +88,8 @@ class PtpDriver(NetworkDriver[Options]):
             return
         if endpoint.interface.address_ipv6:
             sysctls.ensure(f"net/ipv6/conf/{outside}/disable_ipv6", 0)
+            # Nobody else is here; and until its link-local address is verified the host cannot ask for the container.
+            sysctls.ensure(f"net/ipv6/conf/{outside}/accept_dad", 0)
         sysctls.ensure(f"net/ipv4/conf/{outside}/rp_filter", 1)  # nobody has another's address as its source
         gateways = [ip_interface(gateway.ip) for gateway in network.gateways]
         links.set_up(outside, addresses=gateways, group=network.interface_group)
