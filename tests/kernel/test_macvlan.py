@@ -87,6 +87,14 @@ def test_containers_are_hosts_of_the_lan(lab: Lab, parent: str) -> None:
     assert [neighbour["lladdr"] for neighbour in neighbours] == [link["address"]], "not the host's"
 
 
+def test_the_controller_finds_it_where_it_is_installed(lab: Lab, parent: str) -> None:
+    options = {"parent": parent}
+    network = lab.controller.create_network("lan", "netplugin-macvlan", subnets=[LAN], options=options)
+    box = lab.controller.create_sandbox("box")
+    box.connect(network)
+    assert reaches(box, ROUTER)
+
+
 def test_a_mac_address_of_ones_own(lab: Lab, parent: str) -> None:
     network = lab.network(MacvlanDriver(), subnets=[LAN], options={"parent": parent})
     box = lab.controller.create_sandbox("box")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,14 @@ def test_internal(lab: Lab) -> None:
     assert not reaches(one, OUTSIDE), "who helps himself is stopped too"
 
 
+def test_several_subnets_of_one_ip_version(lab: Lab) -> None:
+    (one,) = lab.containers(PtpDriver(), "one", subnets=[BOTH[0], Subnet.parse("10.3.0.0/24")], internal=True)
+    two = lab.controller.create_sandbox("two")
+    two.connect(lab.controller.networks["lan"], addresses=[ip_address("10.3.0.9")])
+    assert reaches(one, "10.3.0.9", "10.3.0.1") == ["10.3.0.9", "10.3.0.1"]
+    assert reaches(two, *addresses(one)) == addresses(one)
+
+
 def test_options(lab: Lab) -> None:
     options = {"icc": "false", "masquerade": "false", "mtu": "1400"}
     one, two = lab.containers(PtpDriver(), "one", "two", subnets=BOTH, ipv6=True, options=options)
@@ -144,7 +153,7 @@ def test_what_it_does_not_do(lab: Lab, caplog: pytest.LogCaptureFixture) -> None
     network = lab.network(PtpDriver(), subnets=BOTH)
     with pytest.raises(RemoteError, match="a routed network needs subnets with gateways: it cannot have --ipam-driver"):
         lab.controller.create_network("none", "lan", ipam="null")
-    for wrong in ({"mtu": "67"}, {"vlan": "7"}):
+    for wrong in ({"mtu": "1279"}, {"vlan": "7"}):
         with pytest.raises(RemoteError, match=r"option '?(mtu|vlan)"):
             lab.controller.create_network("none", "lan", options=wrong)
     mapping = PortMapping(protocol=TransportProtocol.TCP, container_port=80, host_port=8080)
@@ -284,6 +293,13 @@ def test_ipv6_where_the_host_has_it_off(lab: Lab) -> None:
     (SYSCTLS / "ipv6/conf/default/disable_ipv6").write_text("1")
     box.connect(network)
     assert "fd00:1::2" in run("ip", "-6", "route")
+
+
+def test_the_controller_finds_it_where_it_is_installed(lab: Lab) -> None:
+    network = lab.controller.create_network("lan", "ptp", subnets=BOTH)
+    box = lab.controller.create_sandbox("box")
+    box.connect(network)
+    assert reaches(box, "10.1.0.1")
 
 
 @pytest.mark.usefixtures("lab")

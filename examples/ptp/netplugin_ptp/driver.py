@@ -17,8 +17,8 @@ _log = logging.getLogger("netplugin_ptp")
 class Options(DriverOptions):
     """The options of one network."""
 
-    mtu: Annotated[int, Meta(ge=68, le=65535)] = 1500
-    """Of the pairs, in bytes."""
+    mtu: Annotated[int, Meta(ge=1280, le=65535)] = 1500
+    """Of the pairs, in bytes; not less than IPv6 needs (RFC 8200)."""
 
     icc: bool = True
     """Whether containers of the network reach each other."""
@@ -104,12 +104,13 @@ class PtpDriver(NetworkDriver[Options]):
 def _routes(network: Network[Options], endpoint: Endpoint) -> Iterator[StaticRoute]:
     """To the neighbours by the gateway too.
 
-    The container has its address with the subnet's prefix length, and takes all of the subnet for its link. Routes to
-    the halves are more specific.
+    The container has its address with the subnet's prefix length, and would look for all of the subnet on its link.
+    Routes to the halves are more specific.
     """
     for address in endpoint.addresses:
         gateway = next(gateway.ip for gateway in network.gateways if gateway.ip in address.network)
         yield StaticRoute(ip_network(gateway))
-        for half in address.network.subnets():
-            if half.num_addresses > 1:  # else it is the gateway, or the container
-                yield StaticRoute(half, gateway)
+        for subnet in network.subnets:
+            for half in subnet.subnets():
+                if half.version == gateway.version and half.num_addresses > 1:  # else gateway and container are all
+                    yield StaticRoute(half, gateway)
