@@ -185,7 +185,7 @@ def set_up(name: str, *, addresses: Iterable[IPv4Interface | IPv6Interface] = ()
     """Set an interface up with at least these `addresses`, if it is here. False if there is none of its name.
 
     `group` is a number that firewall rules know it by (``ip link set group``). IPv6 addresses skip duplicate address
-    detection. Raises `LinkError` if the kernel refuses.
+    detection. It is watched from now on as if it had been made here. Raises `LinkError` if the kernel refuses.
     """
     _check_name(name)
     return _netlink.run(_set_up, name, tuple(addresses), group)
