@@ -1,6 +1,7 @@
 """The packet filter and the address translation of bridges, beside Docker's own.
 
-A `Policy` says what may go in and out of one bridge; `ensure` makes it so, `delete` takes it back:
+A `Policy` says what may go in and out of one bridge, or of a group of interfaces; `ensure` makes it so, `delete` takes
+it back:
 
     firewall.ensure(Policy(bridge="br-1", subnets=network.subnets, internal=network.internal))
 
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.linux import iptables, nftables
+from netplugin_sdk.linux import iptables, nftables, sysctls
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "close",
     "delete",
     "ensure",
-    "forward_nothing_else",
+    "ensure_forwarding",
     "settle",
     "use",
 ]
@@ -46,6 +47,8 @@ __all__ = [
 _log = logging.getLogger("netplugin_sdk")
 
 BackendName: TypeAlias = Literal["iptables", "nftables"]
+
+_FORWARDING = {4: ("net/ipv4/ip_forward",), 6: ("net/ipv6/conf/default/forwarding", "net/ipv6/conf/all/forwarding")}
 
 
 def ensure(policy: Policy) -> None:
@@ -70,14 +73,23 @@ def delete(bridge: str) -> None:
     _keeper.submit(bridge, None)
 
 
-def forward_nothing_else(version: int) -> None:
-    """Have this host forward nothing that no rule accepts, for one IP version: the policy of FORWARD becomes DROP.
+def ensure_forwarding(version: int) -> None:
+    """Have this host forward packets of one IP version.
 
-    For who turns forwarding on where it was off, as Docker does: otherwise the host would be a router for everybody.
+    Where it did not, it then forwards nothing that no rule accepts: the policy of FORWARD becomes DROP, as with Docker.
+    Otherwise the host would be a router for everybody.
 
     Raises `FirewallError` if it is refused, or if Docker uses nftables here: then it leaves forwarding to the
-    administrator; `Unavailable` if iptables is not installed.
+    administrator; `SysctlError` if the kernel refuses, `Unavailable` if iptables is not installed.
     """
+    for name in _FORWARDING[version]:
+        if sysctls.read(name) != "1":
+            _forward_nothing_else(version)
+            sysctls.ensure(name, 1)
+            _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", name)
+
+
+def _forward_nothing_else(version: int) -> None:
     if (_keeper.chosen or _detect()) == "nftables":
         raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
     iptables.set_policy(version)
