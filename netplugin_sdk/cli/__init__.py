@@ -11,6 +11,10 @@ from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
     "check": "netplugin_sdk.cli.check:check",
+    "inspect": "netplugin_sdk.cli.inspect:inspect",
+    "repair": "netplugin_sdk.cli.inspect:repair",
+    "topology": "netplugin_sdk.cli.topology:topology",
+    "doctor": "netplugin_sdk.cli.doctor:doctor",
 }
 """Name → where it is. Help lists them in this order."""
 
