@@ -38,13 +38,14 @@ _FONT = "'DejaVu Sans Mono', Menlo, Consolas, 'Liberation Mono', monospace"
 _PAD, _GAP, _TRUNK, _DROP = 12.0, 16.0, 16.0, 30.0
 _NAME, _TEXT, _SMALL = 13.0, 12.0, 11.0
 _LONGEST = 30  # characters in a line of an endpoint's box
-_BREAKS = re.compile(r"(?<=[-_.:/, ])")
+_BREAKS = re.compile(r"(?<=[-_.:/,])")
 _MOST_PORTS = 12  # lines of them in a box
 
 _LIGHT = {
     "ground": "fill:#ffffff",
     "host": "fill:#f6f7f9;stroke:#c9ced6",
     "network": "fill:#ffffff;stroke:#aab2bf",
+    "broken": "fill:#ffffff;stroke:#c62828;stroke-width:2",
     "bridge": "fill:#e3ecfb;stroke:#3b6fd4",
     "none": "fill:none;stroke:#aab2bf;stroke-dasharray:4 3",
     "endpoint": "fill:#f3f9f3;stroke:#3c8f52",
@@ -61,6 +62,7 @@ _DARK = {
     "ground": "fill:#12161c",
     "host": "fill:#171c24;stroke:#39424f",
     "network": "fill:#1d242e;stroke:#4a5564",
+    "broken": "fill:#1d242e;stroke:#f0716a",
     "bridge": "fill:#1f3357;stroke:#6f9cf0",
     "none": "fill:none;stroke:#4a5564",
     "endpoint": "fill:#1c3324;stroke:#5fb878",
@@ -196,19 +198,19 @@ def _network(network: InspectedNetwork, room: float) -> tuple[Box, list[Line]]:
     ]
     across = max([end.width for end in ends], default=0.0)
     fit = max(1, math.floor((inner - _TRUNK + _GAP) / (across + _GAP))) if ends else 1
-    columns = max(1, min(fit, math.ceil(math.sqrt(len(ends)))))
-    area = _TRUNK + columns * (across + _GAP) - _GAP if ends else 0.0
-
     wrong = [f"≠ {fact.wrong}" for fact in network.facts if fact.wrong]
     about = ", ".join(network.subnets) + (" internal" if network.internal else "")
-    wanted = max([area, *(_columns(text) * size * _PITCH for text, size in ((network.name, 15.0), (about, _TEXT)))])
+    wanted = max([180.0, *(_columns(text) * size * _PITCH for text, size in ((network.name, 15.0), (about, _TEXT)))])
     bars = [
-        f"{each.name} {each.kind or 'interface'} MTU {each.mtu} {' '.join(map(str, each.addresses))}".rstrip()
+        " · ".join((each.name, each.kind or "interface", f"MTU {each.mtu}", *map(str, each.addresses)))
         for each in network.interfaces
     ]
     bar_text = bars or ["no interface of its own on the host"]
     wanted = max(wanted, *(_columns(text) * _TEXT * _PITCH + 2 * _PAD for text in bar_text))
-    within = min(inner, max(wanted, 180.0))
+    # As square as it can be, but no narrower than what stands above.
+    columns = min(fit, max(math.ceil(math.sqrt(len(ends))), math.floor((wanted - _TRUNK + _GAP) / (across + _GAP)), 1))
+    area = _TRUNK + columns * (across + _GAP) - _GAP if ends else 0.0
+    within = min(inner, max(wanted, area))
     head = _stack(
         _PAD,
         _PAD,
@@ -246,7 +248,7 @@ def _network(network: InspectedNetwork, room: float) -> tuple[Box, list[Line]]:
     if len(ends) > columns:
         last = max(line.y1 for line in lines if line.y1 == line.y2)
         lines.insert(0, Line(_PAD + 4, bar.bottom, _PAD + 4, last))
-    frame = "wrong" if wrong else "network"
+    frame = "broken" if wrong else "network"
     box = Box(0, 0, within + 2 * _PAD, y + _PAD, frame, (*head, *labels), tuple(boxes))
     return box, lines
 
@@ -282,7 +284,7 @@ def _stack(x: float, y: float, room: float, texts: Iterable[tuple[str, float, st
     """Texts of these sizes and styles, one below the other, wrapped."""
     made: list[Text] = []
     for text, size, style, bold in texts:
-        for line in wrap(text, max(8, math.floor(room / (size * _PITCH)))):
+        for line in wrap(text, max(8, math.floor(room / (size * _PITCH) + 0.01))):
             made.append(Text(x, y, line, size, style, bold))
             y += size * _LEADING
     return made
@@ -293,20 +295,26 @@ def _bottom(texts: Sequence[Text], y: float) -> float:
 
 
 def wrap(text: str, columns: int) -> list[str]:
-    """Lines of at most so many columns, broken behind punctuation where that is possible. Nothing is left out."""
+    """Lines of at most so many columns, broken at spaces, else behind punctuation, else anywhere; all of it is kept."""
     lines = [""]
-    for part in _BREAKS.split(text):
-        for piece in _pieces(part, columns):
-            if _columns(lines[-1] + piece.rstrip()) > columns:
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if _columns(joined) <= columns:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        parts = [word] if _columns(word) <= columns else _BREAKS.split(word)
+        for piece in (piece for part in parts for piece in _pieces(part, columns)):
+            if _columns(lines[-1] + piece) > columns:
                 lines.append("")
             lines[-1] += piece
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in lines if line]
 
 
 def _pieces(part: str, columns: int) -> Iterator[str]:
     piece = ""
     for character in part:
-        if _columns(piece + character.strip()) > columns:
+        if _columns(piece + character) > columns:
             yield piece
             piece = ""
         piece += character
@@ -402,7 +410,9 @@ def _draw(parent: ElementTree.Element, box: Box) -> None:
     if box.name:
         group.set("data-name", _printable(box.name))
     place = {name: f"{round(getattr(box, name), 2):g}" for name in ("x", "y", "width", "height")}
-    rounded = {} if box.style == "ground" else {"rx": "8" if box.style in ("port", "host", "network") else "5"}
+    rounded = (
+        {} if box.style == "ground" else {"rx": "8" if box.style in ("port", "host", "network", "broken") else "5"}
+    )
     ElementTree.SubElement(group, "rect", {"class": box.style, **place, **rounded})
     for text in box.texts:
         baseline = text.y + text.size * 1.08
