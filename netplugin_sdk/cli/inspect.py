@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -111,6 +112,10 @@ def report(snapshot: Snapshot, everything: bool) -> Iterator[str]:
         yield from (line for fact in facts for line in table.lines(fact))
     yield ""
     yield verdict(snapshot)
+    yield from _differences(snapshot)
+
+
+def _differences(snapshot: Snapshot) -> Iterator[str]:
     for difference in snapshot.differences:
         yield f"  {click.style('≠', fg='red')} {difference}"
 
@@ -186,8 +191,8 @@ def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> N
     pid = _process(before)
     if not as_json:
         click.echo(f"before: {verdict(before)}")
-        for difference in before.differences:
-            click.echo(f"  {click.style('≠', fg='red')} {difference}")
+        for line in _differences(before):
+            click.echo(line)
         click.echo(f"pid {pid} is told to mend it …")
     _tell(pid)
     after = _wait(plugin, where, wait)
@@ -196,8 +201,10 @@ def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> N
         click.echo(json.dumps({when: list(map(str, each.differences)) for when, each in texts.items()}, indent=2))
     else:
         click.echo(f"after:  {verdict(after)}")
-        for difference in after.differences:
-            click.echo(f"  {click.style('≠', fg='red')} {difference}")
+        for line in _differences(after):
+            click.echo(line)
+        for command in _left(after):
+            click.echo(f"  → {command}")
     raise SystemExit(1 if after.differences else 0)
 
 
@@ -211,6 +218,21 @@ def _wait(plugin: str, folder: Path, wait: float) -> Snapshot:
         until = wait if waits else min(wait, _SETTLED)
         if not after.differences or time.monotonic() - began > until:
             return after
+
+
+def _left(snapshot: Snapshot) -> Iterator[str]:
+    """What a user can do where a plugin cannot: the engine makes a container's interfaces when it starts."""
+    containers = [
+        endpoint.name
+        for network in snapshot.networks
+        for endpoint in network.endpoints
+        if endpoint.joined and any(fact.wrong for fact in endpoint.facts if fact.name in ("known", "inside"))
+    ]
+    if containers:
+        yield f"docker restart {shlex.join(dict.fromkeys(containers))}"
+    for network in snapshot.networks:
+        if any(fact.wrong and fact.state == "unknown" for fact in network.facts):
+            yield f"docker network rm {shlex.quote(network.name)}, and create it again"
 
 
 def _process(snapshot: Snapshot) -> int:
