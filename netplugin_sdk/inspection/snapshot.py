@@ -569,10 +569,12 @@ def _prefixes(networks: Iterable[InspectedNetwork]) -> set[str]:
 
 def _with_missing(network: InspectedNetwork, prefixes: set[str], here: Host) -> InspectedNetwork:
     """A network without a bridge, where others have one or where rules name it."""
-    if any(each.kind == "bridge" for each in network.interfaces) or any(
-        each.name == "interface" for each in network.facts
-    ):
+    if any(each.kind == "bridge" for each in network.interfaces):
         return network
+    if any((each.name, each.state) == ("known", "unknown") for each in network.facts):
+        return network  # nobody is to make one
+    if any(each.name == "interface" and each.state for each in network.facts):
+        return network  # it is missed by its name already
     names = [
         bridge
         for bridge, of in (here.bridges or {}).items()
