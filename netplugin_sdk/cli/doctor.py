@@ -521,7 +521,7 @@ def _states(folder: Path) -> Iterator[Finding]:
         except NotFound:
             continue  # an IPAM driver's, or none yet
         except Unavailable as error:
-            denied = os.geteuid() != 0
+            denied = not os.access(entry, os.R_OK | os.X_OK)
             mend = _ROOT if denied else f"mv {shlex.quote(str(entry))} elsewhere; the plugin then begins anew"
             yield Finding(topic, Level.UNKNOWN if denied else Level.PROBLEM, str(error), mend)
             continue

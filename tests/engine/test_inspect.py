@@ -132,6 +132,21 @@ def test_all_agree(host: Host) -> None:
     assert "3 networks, 5 endpoints: all agree" in text.stdout
 
 
+@pytest.mark.parametrize(
+    ("without", "column"), [(("--state", "/nonexistent"), "State"), (("DOCKER_HOST=unix:///nonexistent",), "Docker")]
+)
+def test_fewer_columns(host: Host, without: tuple[str, ...], column: str) -> None:
+    """As of a plugin that was not made with this SDK, or where no engine runs."""
+    command = [sys.executable, "-m", "netplugin_sdk.cli", "inspect", "myplugin"]
+    done = host.engine.run([*command, *without] if without[0].startswith("-") else ["env", *without, *command])
+    assert done.returncode == 0, done.stdout + done.stderr
+    heads = [line.split() for line in done.stdout.splitlines() if line.startswith("       ") and "Kernel" in line]
+    assert heads == [[name for name in ("State", "Kernel", "Docker") if name != column]]
+    assert re.search(rf"{column} +not (read|asked): ", done.stdout)
+    assert "3 networks, 5 endpoints: all agree" in done.stdout
+    assert "eth0 up" in done.stdout
+
+
 def test_what_was_taken_from_the_kernel_is_marked_and_mended(host: Host) -> None:
     engine = host.engine
     with host.stopped():
