@@ -35,6 +35,7 @@ from netplugin_sdk.server import PLUGIN_FOLDER, STATE_FOLDER
 _DAEMON_FILE = Path("/etc/docker/daemon.json")
 _BUILT_IN = frozenset(("bridge", "host", "null", "none", "overlay", "macvlan", "ipvlan"))
 _OLDEST = (20, 10)
+_TRACED = ".traced"
 _PATIENCE = 15.0  # seconds for a program or an answer
 _RULES = (
     ("-N", "NETPLUGIN-doctor"),
@@ -439,31 +440,38 @@ def _sockets(folder: Path) -> Iterator[Finding]:
     if mode & stat.S_IWOTH:
         text = f"everybody may write to {folder}, and so be a plugin of the engine"
         yield Finding(topic, Level.PROBLEM, text, f"chmod o-w {folder}")
-    inside = [each for entry in entries if entry.is_dir() and not entry.is_symlink() for each in _inside(entry)]
+    folders = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    traced = [entry for entry in folders if entry.name.endswith(_TRACED)]
+    inside = [each for entry in folders if entry not in traced for each in _inside(entry)]
+    left = {_of_trace(each): each for each in traced}
     for path in (*entries, *inside):
         if not path.is_socket():
             continue
         listens = _listens(path)
         if listens is None:
             yield Finding(topic, Level.UNKNOWN, f"{path} cannot be tried without root", _ROOT)
-        elif path.suffix != ".sock":
-            # A trace listens at a plugin's place, and keeps the plugin's own socket beside it.
-            name = f"{path.name.lstrip('.').partition('.sock')[0]}.sock"
-            to = path.with_name(name)
-            if not listens:
-                text = f"{path} is left over, as of a trace: nobody listens"
-                yield Finding(topic, Level.WARNING, text, f"rm {shlex.quote(str(path))}")
-            elif _listens(to):
-                yield Finding(topic, Level.OK, f"{path} listens behind {name}, as under a trace")
-            else:
-                text = f"{path} listens, and nobody does at {name}, where Docker looks: a trace was cut off"
-                yield Finding(topic, Level.PROBLEM, text, f"mv {shlex.quote(str(path))} {shlex.quote(str(to))}")
         elif listens:
-            yield Finding(topic, Level.OK, f"{path.stem} listens at {path}")
+            under = ", under a trace" if path in left else ""
+            yield Finding(topic, Level.OK, f"{path.stem} listens at {path}{under}")
+        elif path in left and _listens(left[path] / "plugin"):
+            text = f"a trace of {path.stem} was killed: Docker's calls end at it, while the plugin listens"
+            mend = (
+                f"{shlex.join(('mv', str(left[path] / 'plugin'), str(path)))} && rm -r {shlex.quote(str(left[path]))}"
+            )
+            yield Finding(topic, Level.PROBLEM, text, mend)
         else:
             text = f"{path} is stale: nobody listens, and Docker waits in vain"
             mend = f"systemctl start {path.stem} (or its program), or: rm {shlex.quote(str(path))}"
             yield Finding(topic, Level.WARNING, text, mend)
+    for path, of_trace in left.items():
+        if not _listens(path) and not _listens(of_trace / "plugin"):
+            mend = f"rm -r {shlex.quote(str(of_trace))}"
+            yield Finding(topic, Level.WARNING, f"{of_trace} is left of a trace of {path.stem}", mend)
+
+
+def _of_trace(folder: Path) -> Path:
+    """The socket in front of whose plugin a trace stands, or stood: ``.x.sock.traced`` has the plugin's own."""
+    return folder.with_name(folder.name.removeprefix(".").removesuffix(_TRACED))
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -390,6 +390,8 @@ class _Network:
         looked = endpoint_id in self.sandboxes
         sight = self.sandboxes.get(endpoint_id)
         inside = None if sight is None else _inside(sight, mac, addresses, outside)
+        if outside is None and inside is not None:
+            outside = _other_end(inside, self.here.sight)
         name = listed.name if listed else known.container.name if known and known.container else endpoint_id[:12]
         ports = tuple(_ports(self.known, known)) if self.known and known else ()
         facts = [
@@ -519,6 +521,14 @@ def _inside(
     ):
         if (found := next(filter(same, others), None)) is not None:
             return found
+    return None
+
+
+def _other_end(inside: Interface, here: Sight) -> Interface | None:
+    """Of a pair whose name says nothing, as of a plugin that was not made with this SDK."""
+    for each in here.interfaces.values():
+        if each.kind == inside.kind == "veth" and (each.index, each.link) == (inside.link, inside.index):
+            return each
     return None
 
 

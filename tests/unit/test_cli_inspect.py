@@ -188,27 +188,39 @@ def test_doctor_as_json_on_this_machine() -> None:
     assert "systemctl start docker" in docker["mend"]
 
 
+def bound(path: Path, *, listening: bool = True) -> socket.socket:
+    path.parent.mkdir(exist_ok=True)
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(str(path))
+    if listening:
+        made.listen()
+    return made
+
+
 def test_doctor_tells_sockets_apart(tmp_path: Path) -> None:
-    with (
-        socket.socket(socket.AF_UNIX) as live,
-        socket.socket(socket.AF_UNIX) as stale,
-        socket.socket(socket.AF_UNIX) as traced,
-    ):
-        for each, name in ((live, "live.sock"), (stale, "stale.sock"), (traced, ".lost.sock.traced")):
-            each.bind(str(tmp_path / name))
-        live.listen()
-        traced.listen()
-        found = levels(doctor._sockets(tmp_path))
-        assert found == {
+    with bound(tmp_path / "live.sock"), bound(tmp_path / "inside" / "inside.sock"):
+        bound(tmp_path / "stale.sock").close()
+        assert levels(doctor._sockets(tmp_path)) == {
             f"live listens at {tmp_path}/live.sock": Level.OK,
+            f"inside listens at {tmp_path}/inside/inside.sock": Level.OK,
             f"{tmp_path}/stale.sock is stale: nobody listens, and Docker waits in vain": Level.WARNING,
-            f"{tmp_path}/.lost.sock.traced listens, and nobody does at lost.sock, where Docker looks: "
-            "a trace was cut off": Level.PROBLEM,
         }
-        traced.close()
-        assert Level.WARNING in [
-            level for text, level in levels(doctor._sockets(tmp_path)).items() if "left over" in text
-        ]
+
+
+def test_doctor_finds_what_a_trace_has_left(tmp_path: Path) -> None:
+    place, folder = tmp_path / "x.sock", tmp_path / ".x.sock.traced"
+    with bound(folder / "plugin") as plugin:
+        with bound(place):
+            assert levels(doctor._sockets(tmp_path)) == {f"x listens at {place}, under a trace": Level.OK}
+        (finding,) = doctor._sockets(tmp_path)
+        text = "a trace of x was killed: Docker's calls end at it, while the plugin listens"
+        assert (finding.level, finding.text) == (Level.PROBLEM, text)
+        subprocess.run(finding.mend or "", shell=True, check=True)
+        assert levels(doctor._sockets(tmp_path)) == {f"x listens at {place}": Level.OK}
+        plugin.close()
+    folder.mkdir()
+    place.unlink()
+    assert levels(doctor._sockets(tmp_path)) == {f"{folder} is left of a trace of x": Level.WARNING}
 
 
 def test_doctor_minds_who_may_write(tmp_path: Path) -> None:

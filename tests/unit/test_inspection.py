@@ -304,6 +304,17 @@ def test_the_state_of_a_plugin_that_runs_can_be_read(plugin: Plugin, tmp_path: P
     assert networks(plugin, tmp_path)[NETWORK].endpoints[ENDPOINT].sandbox is None
 
 
+def test_a_pair_is_found_whatever_its_name() -> None:
+    """As of plugins in other languages."""
+    inner = msgspec.structs.replace(INNER, link=5)
+    here = host(bridge("docker7"), interface("veth1a2b", index=5, link=9, master="docker7"))
+    made = compare("p", None, engine(), here, {ENDPOINT: Sight({"eth0": inner})})
+    assert texts(made) == []
+    (network,) = made.networks
+    assert [each.name for each in network.interfaces] == ["docker7"]
+    assert network.endpoints[0].outside == here.sight.interfaces["veth1a2b"]
+
+
 class TooQuick(Exception):
     """It was written all the time."""
 
