@@ -122,15 +122,8 @@ def _differences(snapshot: Snapshot) -> Iterator[str]:
 
 def verdict(snapshot: Snapshot) -> str:
     """One line that sums it up."""
-    endpoints = sum(len(network.endpoints) for network in snapshot.networks)
-    what = f"{_count(len(snapshot.networks), 'network')}, {_count(endpoints, 'endpoint')}"
-    if snapshot.differences:
-        return click.style(f"{what}: {_count(len(snapshot.differences), 'difference')}", fg="red", bold=True)
-    return click.style(f"{what}: all agree", fg="green")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    differs = bool(snapshot.differences)
+    return click.style(snapshot.summary, fg="red" if differs else "green", bold=differs)
 
 
 class _Table:

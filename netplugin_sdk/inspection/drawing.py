@@ -459,12 +459,11 @@ def html(snapshot: Snapshot) -> str:
         others = [f"(max-width:{least - 0.02:g}px)"] if least else []
         others += [f"(min-width:{wider}px)" for _, wider in _WIDTHS[number + 1 : number + 2]]
         choose.append(f"@media {','.join(others)}{{.w{number}{{display:none}}}}")
-    endpoints = sum(len(network.endpoints) for network in snapshot.networks)
-    counts = f"{len(snapshot.networks)} networks, {endpoints} endpoints, {len(snapshot.differences)} differences"
+    sources = (f"{name.capitalize()}: {text}" for name, text in snapshot.sources.items())
     page = Environment(loader=PackageLoader("netplugin_sdk.inspection", ""), autoescape=True, trim_blocks=True)
     return page.get_template("page.html.j2").render(
         title=_printable(f"{snapshot.plugin} on {snapshot.hostname}"),
-        summary=_printable("; ".join((counts, *(f"{name}: {text}" for name, text in snapshot.sources.items())))),
+        summary=_printable(". ".join((snapshot.summary, *sources))),
         differences=[_printable(str(each)) for each in snapshot.differences],
         pictures=pictures,
         choose=Markup("".join(choose)),
@@ -498,7 +497,7 @@ def mermaid(snapshot: Snapshot) -> str:
             if any(fact.wrong for fact in endpoint.facts):
                 wrong.append(node)
             if texts := port_texts(endpoint.ports):
-                outside.append(f'  {node}p>"{_quoted(*texts)}"] --> {node}')
+                outside.append(f'  {node} --- {node}p>"{_quoted(*texts)}"]')
         lines.append("    end")
     lines += ["  end", *outside]
     if wrong:

@@ -132,6 +132,13 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     networks: tuple[InspectedNetwork, ...]
     differences: tuple[Difference, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """Such as ``2 networks, 5 endpoints: all agree``."""
+        endpoints = sum(len(network.endpoints) for network in self.networks)
+        said = _count(len(self.differences), "difference") if self.differences else "all agree"
+        return f"{_count(len(self.networks), 'network')}, {_count(endpoints, 'endpoint')}: {said}"
+
 
 def take(plugin: str, folder: Path) -> Snapshot:
     """Look at a plugin of this name, with state in `folder`, in the network namespace of the caller.
@@ -637,6 +644,10 @@ def _keeps_gateway_away(key: str, value: str) -> bool:
 
 def _listing(values: Iterable[object]) -> str:
     return ", ".join(sorted(map(str, values)))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _yes(value: bool) -> str:

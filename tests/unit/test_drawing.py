@@ -242,7 +242,7 @@ def test_mermaid_names_each_and_quotes_labels() -> None:
     assert text.startswith("flowchart LR\n")
     assert 'n0e0(["web#quot;1<br/>172.18.0.3/16' in text
     assert 'n0b0 ---|"ve-000000000001"| n0e0' in text
-    assert 'n0e0p>":8080 → 80/tcp<br/>127.0.0.1:8443 → 443/tcp<br/>' in text
+    assert 'n0e0 --- n0e0p>":8080 → 80/tcp<br/>127.0.0.1:8443 → 443/tcp<br/>' in text
     assert 'n1e0(["db' in text
     assert text.count("subgraph") == text.count("\n    end") + text.count("\n  end")
 
