@@ -231,6 +231,9 @@ def _left(snapshot: Snapshot) -> Iterator[str]:
 def _process(snapshot: Snapshot) -> int:
     plugin = snapshot.plugin
     pid = snapshot.pid or _listener(plugin)
+    if pid is None and snapshot.served is not False:
+        hint = "" if os.geteuid() == 0 else ": that needs root"
+        raise Unavailable(f"the process that serves {plugin} cannot be found{hint}")
     if pid is None:
         units = [folder / f"{plugin}.service" for folder in _UNITS]
         start = f"systemctl start {plugin}" if any(unit.exists() for unit in units) else f"run {plugin} as root"

@@ -202,8 +202,9 @@ def _network(network: InspectedNetwork, room: float) -> tuple[Box, list[Line]]:
     about = ", ".join(network.subnets) + (" internal" if network.internal else "")
     wanted = max([180.0, *(_columns(text) * size * _PITCH for text, size in ((network.name, 15.0), (about, _TEXT)))])
     bars = [
-        " · ".join((each.name, each.kind or "interface", f"MTU {each.mtu}", *map(str, each.addresses)))
+        text
         for each in network.interfaces
+        for text in (f"{each.name} · {each.kind or 'interface'} · MTU {each.mtu}", *map(str, each.addresses))
     ]
     bar_text = bars or ["no interface of its own on the host"]
     wanted = max(wanted, *(_columns(text) * _TEXT * _PITCH + 2 * _PAD for text in bar_text))

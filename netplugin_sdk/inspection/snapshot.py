@@ -198,7 +198,8 @@ def _look(plugin: str, folder: Path) -> Snapshot:
     except (Unavailable, DockerError) as error:
         sources["docker"] = f"not asked: {error}"
     if networks is None and found is None:
-        raise Unavailable(f"there is nothing to compare; state: {sources['state']}; Docker: {sources['docker']}")
+        hint = "" if os.geteuid() == 0 else "; run it as root"
+        raise Unavailable(f"there is nothing to compare; state: {sources['state']}; Docker: {sources['docker']}{hint}")
     pid = remembered.holder(folder)
     sandboxes, unseen = _sandboxes(networks, found)
     if unseen:
@@ -282,7 +283,7 @@ def compare(
     ids = dict.fromkeys((*(networks or {}), *listed))
     compared = [_Network(networks, found, here, sandboxes, network_id).inspected() for network_id in ids]
     expected = _prefixes(compared)
-    inspected = tuple(sorted((_with_missing(each, expected, here) for each in compared), key=lambda each: each.name))
+    inspected = tuple(sorted((_with_missing(each, expected, here) for each in compared), key=_in_order))
     return Snapshot(
         plugin=plugin,
         hostname=socket.gethostname(),
@@ -325,7 +326,7 @@ class _Network:
             internal=self.known.internal if self.known else bool(self.listed and self.listed.internal),
             subnets=tuple(map(str, subnets)),
             interfaces=interfaces,
-            endpoints=tuple(sorted((_on_its_bridge(each, masters) for each in endpoints), key=lambda each: each.name)),
+            endpoints=tuple(sorted((_on_its_bridge(each, masters) for each in endpoints), key=_in_order)),
             facts=tuple(self._facts(interfaces, {endpoint.id[:12] for endpoint in endpoints})),
         )
 
@@ -644,6 +645,11 @@ def _keeps_gateway_away(key: str, value: str) -> bool:
 
 def _listing(values: Iterable[object]) -> str:
     return ", ".join(sorted(map(str, values)))
+
+
+def _in_order(named: InspectedNetwork | InspectedEndpoint) -> list[tuple[int, str]]:
+    """By name, numbers in it by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", named.name)]
 
 
 def _count(number: int, what: str) -> str:

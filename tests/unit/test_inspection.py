@@ -304,6 +304,14 @@ def test_the_state_of_a_plugin_that_runs_can_be_read(plugin: Plugin, tmp_path: P
     assert networks(plugin, tmp_path)[NETWORK].endpoints[ENDPOINT].sandbox is None
 
 
+def test_names_are_in_order_with_numbers_by_value() -> None:
+    named = [
+        msgspec.structs.replace(OTHER, id=f"{n:064x}", name=name) for n, name in enumerate(("n10", "n9", "a", "n"))
+    ]
+    made = compare("p", None, engine(*named), host(), {})
+    assert [network.name for network in made.networks] == ["a", "n", "n9", "n10"]
+
+
 def test_a_pair_is_found_whatever_its_name() -> None:
     """As of plugins in other languages."""
     inner = msgspec.structs.replace(INNER, link=5)
