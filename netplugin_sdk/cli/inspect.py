@@ -46,7 +46,7 @@ def inspected(command: _F) -> _F:
 
 def state_folder(plugin: str, folder: Path | None) -> Path:
     """Where a plugin of this name has its state."""
-    return folder or STATE_FOLDER / plugin.removesuffix(":latest").replace("/", "_")
+    return folder or STATE_FOLDER / plugin.removesuffix(":latest").rpartition("/")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect

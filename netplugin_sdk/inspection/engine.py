@@ -76,11 +76,12 @@ def _same(name: str, plugin: str) -> bool:
 
 def _network(found: Mapping[str, Any]) -> EngineNetwork:
     pools = [pool for pool in found["IPAM"]["Config"] or () if pool.get("Subnet")]
+    subnets = [ip_network(pool["Subnet"], strict=False) for pool in pools]
     return EngineNetwork(
         id=found["Id"],
         name=found["Name"],
         internal=found["Internal"],
-        subnets=tuple(ip_network(pool["Subnet"], strict=False) for pool in pools),
+        subnets=tuple(pool for pool in subnets if pool.prefixlen),  # the null IPAM driver's is 0.0.0.0/0
         gateways=tuple(ip_interface(pool["Gateway"]).ip for pool in pools if pool.get("Gateway")),
         endpoints={each["EndpointID"]: _endpoint(key, each) for key, each in (found["Containers"] or {}).items()},
     )

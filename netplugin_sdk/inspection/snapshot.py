@@ -27,6 +27,7 @@ from netplugin_sdk.errors import DriverError, InvalidRequest, NotFound, Unavaila
 from netplugin_sdk.inspection import engine, kernel, remembered
 from netplugin_sdk.inspection.engine import Engine, EngineEndpoint, EngineNetwork
 from netplugin_sdk.inspection.kernel import Host, Interface, Sight
+from netplugin_sdk.linux.namespaces import Namespace
 from netplugin_sdk.linux.ports import Published
 
 UNKNOWN_TO_DOCKER = "Docker does not know it"
@@ -220,6 +221,8 @@ def _sandboxes(
     networks: Mapping[str, state.Network] | None, found: Engine | None
 ) -> tuple[dict[str, Sight | None], str | None]:
     """What is seen in the sandboxes, by endpoint: None where there is none any more; and why not all were looked at."""
+    if os.geteuid() != 0:
+        return {}, "that needs root"
     places: dict[str, tuple[Path, ...]] = {}
     for network in (networks or {}).values():
         for endpoint in network.endpoints.values():
@@ -227,15 +230,17 @@ def _sandboxes(
                 places[endpoint.id] = (Path(endpoint.sandbox.key),)
     for listed in found.networks.values() if found else ():
         for each in listed.endpoints.values():
-            if each.container is not None and not any(path.exists() for path in places.get(each.id, ())):
+            # An engine with a mount namespace of its own has its sandboxes there, and their processes are here.
+            if each.container and not any(Namespace(path).exists for path in places.get(each.id, ())):
                 with suppress(DockerError, Unavailable):
                     places[each.id] = (*places.get(each.id, ()), *engine.sandbox(each.container))
     seen: dict[str, Sight | None] = {}
-    if os.geteuid() != 0:
-        return {}, "that needs root"
-    for endpoint_id, paths in places.items():
-        sights = (kernel.inside(path) for path in paths)
-        seen[endpoint_id] = next((sight for sight in sights if sight is not None), None)
+    try:
+        for endpoint_id, paths in places.items():
+            sights = (kernel.inside(path) for path in paths)
+            seen[endpoint_id] = next((sight for sight in sights if sight is not None), None)
+    except PermissionError:
+        return {}, "that is not permitted"
     return seen, None
 
 
@@ -392,9 +397,9 @@ class _Network:
         joined = known.join is not None if known else listed is not None and listed.container is not None
         addresses = known.addresses if known else listed.addresses if listed else ()
         mac = str(known.mac_address) if known and known.mac_address else listed.mac if listed else None
-        outside = next(
-            (each for name, each in self.here.sight.interfaces.items() if _own_id(name) == endpoint_id[:12]), None
-        )
+        own = [each for name, each in self.here.sight.interfaces.items() if _own_id(name) == endpoint_id[:12]]
+        # Until the engine has taken the inner end, both are here.
+        outside = max(own, key=lambda each: each.master is not None, default=None)
         looked = endpoint_id in self.sandboxes
         sight = self.sandboxes.get(endpoint_id)
         inside = None if sight is None else _inside(sight, mac, addresses, outside)
@@ -411,7 +416,7 @@ class _Network:
                 known.row.intent if known else None,
             ),
             *_container(known, listed),
-            *(_addresses(known, listed, inside if looked else None) if known or listed else ()),
+            *_addresses(known, listed, inside),
         ]
         if outside is not None:
             facts.append(

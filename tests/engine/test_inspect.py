@@ -22,7 +22,7 @@ from netplugin_sdk.testing.engine import PrivateEngine
 from .conftest import remove_all
 from .crash_lab import KILL, everything, impatient, is_soon
 
-MISSING = 8.0
+MISSING = 5.0
 """Seconds that Docker must not know something before the plugin removes it: longer than two looks take."""
 NAMES = ("web", "db", "both", "six")
 
