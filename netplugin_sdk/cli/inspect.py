@@ -7,8 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +17,7 @@ import click
 import msgspec
 
 from netplugin_sdk.cli.common import json_option
-from netplugin_sdk.cnm import remote
-from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.inspection.snapshot import UNKNOWN_TO_DOCKER, Fact, Snapshot, take
 from netplugin_sdk.server import STATE_FOLDER
 
@@ -181,7 +178,7 @@ def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> N
     """
     where = state_folder(plugin, folder)
     before = take(plugin, where)
-    pid = _process(before)
+    pid = _process(before, where)
     if not as_json:
         click.echo(f"before: {verdict(before)}")
         for line in _differences(before):
@@ -228,38 +225,22 @@ def _left(snapshot: Snapshot) -> Iterator[str]:
             yield f"docker network rm {shlex.quote(network.name)}, and create it again"
 
 
-def _process(snapshot: Snapshot) -> int:
-    plugin = snapshot.plugin
-    pid = snapshot.pid or _listener(plugin)
-    if pid is None and snapshot.served is not False:
-        hint = "" if os.geteuid() == 0 else ": that needs root"
-        raise Unavailable(f"the process that serves {plugin} cannot be found{hint}")
-    if pid is None:
+def _process(snapshot: Snapshot, folder: Path) -> int:
+    plugin, pid = snapshot.plugin, snapshot.pid
+    if pid is None and snapshot.served is False:
         units = [folder / f"{plugin}.service" for folder in _UNITS]
         start = f"systemctl start {plugin}" if any(unit.exists() for unit in units) else f"run {plugin} as root"
         raise Unavailable(
             f"nobody serves {plugin}, and it is the plugin that mends what differs, also when it starts: {start}"
         )
+    if pid is None:
+        # Who listens at its socket is not told: systemd, a trace or a Go program may, and SIGHUP ends those.
+        known = f"not with the state folder {folder}: name another one with --state"
+        unknown = "only root sees by which process"
+        raise Unavailable(f"{plugin} is served, but {known if os.geteuid() == 0 else unknown}")
     if not _hears(pid):
         raise Unavailable(f"the process {pid} that serves {plugin} does not take SIGHUP: it was not made with this SDK")
     return pid
-
-
-def _listener(plugin: str) -> int | None:
-    """The process that listens at its socket, unless that is systemd."""
-    try:
-        url = remote.find(plugin).url
-    except DriverError:
-        return None
-    if not url.startswith("unix://"):
-        return None
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(url.removeprefix("unix://"))
-        except OSError:
-            return None
-        pid, _, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid if pid > 1 else None
 
 
 def _hears(pid: int) -> bool:

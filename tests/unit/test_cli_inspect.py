@@ -21,7 +21,7 @@ from netplugin_sdk import Plugin
 from netplugin_sdk.cli import doctor, inspect, main
 from netplugin_sdk.cli.doctor import Finding, Level
 from netplugin_sdk.cnm.remote import Folders
-from netplugin_sdk.inspection.snapshot import Fact, Snapshot
+from netplugin_sdk.inspection.snapshot import Difference, Fact, Snapshot
 
 from .lab import NETWORK, Docker, Publisher, create_network
 from .test_drawing import CASES, endpoint, network, of
@@ -166,6 +166,15 @@ def test_repair_does_not_end_who_does_not_take_the_signal(tmp_path: Path) -> Non
         time.sleep(0.1)
         assert other.poll() is None
         other.kill()
+
+
+def test_repair_tells_nobody_else_who_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Go program catches SIGHUP, and ends."""
+    seen = of(network("red"), differences=(Difference(about="network red", text="wrong"),))
+    monkeypatch.setattr(inspect, "take", lambda *_: msgspec.structs.replace(seen, pid=None))
+    done = netplugin("repair", "p", "--state", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is served, but" in done.output
 
 
 # ----------------------------------------------------------------------------------------------------------- doctor
