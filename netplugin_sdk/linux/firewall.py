@@ -16,11 +16,14 @@ import atexit
 import logging
 import math
 import os
+import re
 import select
+import shutil
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -28,6 +31,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import iptables, nftables, sysctls
+from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
 __all__ = [
@@ -36,8 +40,10 @@ __all__ = [
     "FirewallError",
     "Mode",
     "Policy",
+    "bridges",
     "close",
     "delete",
+    "detect",
     "ensure",
     "ensure_forwarding",
     "settle",
@@ -49,6 +55,13 @@ _log = logging.getLogger("netplugin_sdk")
 BackendName: TypeAlias = Literal["iptables", "nftables"]
 
 _FORWARDING = {4: ("net/ipv4/ip_forward",), 6: ("net/ipv6/conf/default/forwarding", "net/ipv6/conf/all/forwarding")}
+_LISTING = (
+    ("iptables", "iptables-save"),
+    ("iptables", "ip6tables-save"),
+    ("nftables", "nft", "list", "ruleset", "inet"),
+)
+_COMMENT = re.compile(r'"netplugin_sdk:([^" ]+)(?: network (\w+))?[" ]')  # `Policy.comment`
+_CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
 
 
 def ensure(policy: Policy) -> None:
@@ -90,9 +103,30 @@ def ensure_forwarding(version: int) -> None:
 
 
 def _forward_nothing_else(version: int) -> None:
-    if (_keeper.chosen or _detect()) == "nftables":
+    if (_keeper.chosen or detect()) == "nftables":
         raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
     iptables.set_policy(version)
+
+
+def detect() -> BackendName:
+    """What Docker writes its rules with on this host."""
+    return "nftables" if nftables.used_by_docker() else "iptables"
+
+
+def bridges() -> dict[str, str]:
+    """The bridges that have rules of this SDK here, whichever process made them, each with its `Policy.network`.
+
+    Raises `Unavailable` if a program does not end.
+    """
+    found: dict[str, str] = {}
+    for package, *command in _LISTING:
+        if shutil.which(command[0]) is not None:
+            _, listed, _ = run(deque(maxlen=1), package, *command)
+            chains = set(_CHAIN.findall(listed))  # the rules that lead to them have comments, too
+            for bridge, network in _COMMENT.findall(listed):
+                if bridge not in chains:
+                    found[bridge] = network or found.get(bridge, "")
+    return found
 
 
 def settle() -> None:
@@ -256,7 +290,7 @@ class _Keeper:
         self, backend: Backend | None, asked: dict[str, list[Future[None]]], policies: dict[str, Policy]
     ) -> Backend | None:
         try:
-            backend = backend or _BACKENDS[self.chosen or _detect()]()
+            backend = backend or _BACKENDS[self.chosen or detect()]()
             _, failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
         except Exception as error:
             failed = dict.fromkeys(asked, error)
@@ -273,10 +307,6 @@ class _Keeper:
 
 
 _BACKENDS: dict[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
-
-
-def _detect() -> BackendName:
-    return "nftables" if nftables.used_by_docker() else "iptables"
 
 
 def _only_removes(before: Policy, after: Policy) -> bool:
