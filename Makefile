@@ -8,7 +8,7 @@
 # make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
 ENGINE ?= 26.1
 BIN := .venv/bin
-SETUP_INPUT := tools/setup pyproject.toml examples/myplugin/pyproject.toml examples/dhcp/pyproject.toml
+SETUP_INPUT := tools/setup pyproject.toml $(wildcard examples/*/pyproject.toml)
 
 .PHONY: demo test test-unit test-kernel lint audit bench bench-engine docs parity release clean
 .DEFAULT_GOAL := help

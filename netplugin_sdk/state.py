@@ -10,6 +10,7 @@ The file is read once, when it is opened; from then on the objects in memory are
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +135,11 @@ class _Record(Generic[RowT]):
         if not 1 <= len(prefix) <= 2:
             raise ValueError(f"the prefix of an interface name has 1 or 2 characters, not {prefix!r}")
         return f"{prefix}-{self.id[:12]}"
+
+    @property
+    def interface_group(self) -> int:
+        """A number for a group of links of this object (``ip link set group``); it follows from the id, too."""
+        return 0x70000000 | zlib.crc32(self.id.encode()) >> 4  # not what others take: their numbers are small
 
     def attach(self, data: object) -> None:
         """Keep `data` with this object; it is on disk when this returns and replaces what was attached of its class.

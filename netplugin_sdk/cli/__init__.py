@@ -14,6 +14,10 @@ _COMMANDS = {
     "serve": "netplugin_sdk.cli.serve:serve",
     "dev": "netplugin_sdk.cli.dev:dev",
     "check": "netplugin_sdk.cli.check:check",
+    "inspect": "netplugin_sdk.cli.inspect:inspect",
+    "repair": "netplugin_sdk.cli.inspect:repair",
+    "topology": "netplugin_sdk.cli.topology:topology",
+    "doctor": "netplugin_sdk.cli.doctor:doctor",
 }
 """Name → where it is. Help lists them in this order."""
 

@@ -1,3 +1,4 @@
 from netplugin_sdk.cli import main
 
-main(prog_name="netplugin")
+if __name__ == "__main__":
+    main(prog_name="netplugin")

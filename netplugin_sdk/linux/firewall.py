@@ -1,6 +1,7 @@
 """The packet filter and the address translation of bridges, beside Docker's own.
 
-A `Policy` says what may go in and out of one bridge; `ensure` makes it so, `delete` takes it back:
+A `Policy` says what may go in and out of one bridge, or of a group of interfaces; `ensure` makes it so, `delete` takes
+it back:
 
     firewall.ensure(Policy(bridge="br-1", subnets=network.subnets, internal=network.internal))
 
@@ -15,18 +16,22 @@ import atexit
 import logging
 import math
 import os
+import re
 import select
+import shutil
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.linux import iptables, nftables
+from netplugin_sdk.linux import iptables, nftables, sysctls
+from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
 __all__ = [
@@ -35,10 +40,12 @@ __all__ = [
     "FirewallError",
     "Mode",
     "Policy",
+    "bridges",
     "close",
     "delete",
+    "detect",
     "ensure",
-    "forward_nothing_else",
+    "ensure_forwarding",
     "settle",
     "use",
 ]
@@ -46,6 +53,15 @@ __all__ = [
 _log = logging.getLogger("netplugin_sdk")
 
 BackendName: TypeAlias = Literal["iptables", "nftables"]
+
+_FORWARDING = {4: ("net/ipv4/ip_forward",), 6: ("net/ipv6/conf/default/forwarding", "net/ipv6/conf/all/forwarding")}
+_LISTING = (
+    ("iptables", "iptables-save"),
+    ("iptables", "ip6tables-save"),
+    ("nftables", "nft", "list", "ruleset", "inet"),
+)
+_COMMENT = re.compile(r'"netplugin_sdk:([^" ]+)(?: network (\w+))?[" ]')  # `Policy.comment`
+_CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
 
 
 def ensure(policy: Policy) -> None:
@@ -70,17 +86,47 @@ def delete(bridge: str) -> None:
     _keeper.submit(bridge, None)
 
 
-def forward_nothing_else(version: int) -> None:
-    """Have this host forward nothing that no rule accepts, for one IP version: the policy of FORWARD becomes DROP.
+def ensure_forwarding(version: int) -> None:
+    """Have this host forward packets of one IP version.
 
-    For who turns forwarding on where it was off, as Docker does: otherwise the host would be a router for everybody.
+    Where it did not, it then forwards nothing that no rule accepts: the policy of FORWARD becomes DROP, as with Docker.
+    Otherwise the host would be a router for everybody.
 
     Raises `FirewallError` if it is refused, or if Docker uses nftables here: then it leaves forwarding to the
-    administrator; `Unavailable` if iptables is not installed.
+    administrator; `SysctlError` if the kernel refuses, `Unavailable` if iptables is not installed.
     """
-    if (_keeper.chosen or _detect()) == "nftables":
+    for name in _FORWARDING[version]:
+        if sysctls.read(name) != "1":
+            _forward_nothing_else(version)
+            sysctls.ensure(name, 1)
+            _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", name)
+
+
+def _forward_nothing_else(version: int) -> None:
+    if (_keeper.chosen or detect()) == "nftables":
         raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
     iptables.set_policy(version)
+
+
+def detect() -> BackendName:
+    """What Docker writes its rules with on this host."""
+    return "nftables" if nftables.used_by_docker() else "iptables"
+
+
+def bridges() -> dict[str, str]:
+    """The bridges that have rules of this SDK here, whichever process made them, each with its `Policy.network`.
+
+    Raises `Unavailable` if a program does not end.
+    """
+    found: dict[str, str] = {}
+    for package, *command in _LISTING:
+        if shutil.which(command[0]) is not None:
+            _, listed, _ = run(deque(maxlen=1), package, *command)
+            chains = set(_CHAIN.findall(listed))  # the rules that lead to them have comments, too
+            for bridge, network in _COMMENT.findall(listed):
+                if bridge not in chains:
+                    found[bridge] = network or found.get(bridge, "")
+    return found
 
 
 def settle() -> None:
@@ -244,7 +290,7 @@ class _Keeper:
         self, backend: Backend | None, asked: dict[str, list[Future[None]]], policies: dict[str, Policy]
     ) -> Backend | None:
         try:
-            backend = backend or _BACKENDS[self.chosen or _detect()]()
+            backend = backend or _BACKENDS[self.chosen or detect()]()
             _, failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
         except Exception as error:
             failed = dict.fromkeys(asked, error)
@@ -261,10 +307,6 @@ class _Keeper:
 
 
 _BACKENDS: dict[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
-
-
-def _detect() -> BackendName:
-    return "nftables" if nftables.used_by_docker() else "iptables"
 
 
 def _only_removes(before: Policy, after: Policy) -> bool:

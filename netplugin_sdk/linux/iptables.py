@@ -27,7 +27,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -94,7 +94,8 @@ class Lines:
     def of(cls, policy: Policy, version: int) -> Lines:
         """What a policy asks for."""
         lines, chain = cls(), f"{_OURS}-{policy.bridge}"
-        lines.first.append(f"-o {policy.bridge} {_mark(policy.comment())} -j {chain}")
+        way = _interfaces(Rule(place=Place.INTO, verdict=Verdict.ACCEPT, outgoing=policy.interfaces))
+        lines.first.append(" ".join((*way, _mark(policy.comment()), f"-j {chain}")))
         for rule in rules(policy, version):
             text = _line(rule, _mark(policy.comment(rule.endpoint)), version)
             match rule.place:
@@ -142,22 +143,35 @@ def _line(rule: Rule, mark: str, version: int) -> str:
         parts.append(f"! -s {rule.not_source}/{full}")
     if rule.destination is not None:
         parts.append(f"-d {rule.destination}/{full}")
-    for flag, name in (("-i", rule.incoming), ("! -i", rule.not_incoming), ("-o", rule.outgoing)):
-        if name is not None:
-            parts.append(f"{flag} {name}")
-    if rule.not_outgoing is not None:
-        parts.append(f"! -o {rule.not_outgoing}")
-    if rule.from_bridges:
-        parts.append(f"-m devgroup --src-group {GROUP:#x}")
     if rule.icmp:
-        parts.append("-p icmp" if version == 4 else "-p ipv6-icmp")
-    if rule.protocol is not None:
-        parts.append(f"-p {rule.protocol} -m {rule.protocol} --dport {rule.port}")
+        protocol = ["-p icmp" if version == 4 else "-p ipv6-icmp"]
+    elif rule.protocol is not None:
+        protocol = [f"-p {rule.protocol} -m {rule.protocol} --dport {rule.port}"]
+    else:
+        protocol = []
+    parts += _interfaces(rule, protocol)
     if rule.established:
         parts.append("-m conntrack --ctstate RELATED,ESTABLISHED")
     if rule.translated:
         parts.append("-m conntrack --ctstate DNAT")
     return " ".join((*parts, mark, f"-j {_target(rule)}"))
+
+
+def _interfaces(rule: Rule, protocol: Sequence[str] = ()) -> list[str]:
+    """The matches of interfaces around that of the protocol: groups of them, which need a module, come behind it."""
+    names, groups = [], []
+    for flag, option, of in (
+        ("-i", "--src-group", rule.incoming),
+        ("! -i", "! --src-group", rule.not_incoming),
+        ("-o", "--dst-group", rule.outgoing),
+        ("! -o", "! --dst-group", rule.not_outgoing),
+        ("", "--src-group", GROUP if rule.from_bridges else None),
+    ):
+        if isinstance(of, int):
+            groups.append(f"{option} {of:#x}")
+        elif of is not None:
+            names.append(f"{flag} {of}")
+    return [*names, *protocol, *(["-m devgroup " + " ".join(groups)] if groups else [])]
 
 
 def _target(rule: Rule) -> str:

@@ -1,4 +1,4 @@
-"""Bridges, veth pairs and macvlans in the plugin's own network namespace, over netlink.
+"""Bridges, veth pairs, macvlans, VLANs and routes in the plugin's own network namespace, over netlink.
 
 Every function makes it so if it is not, so it can be run again after a crash at any point. A name that the kernel
 would not take raises `InvalidRequest` before the kernel is asked; whatever the kernel refuses raises `LinkError`.
@@ -37,6 +37,8 @@ T = TypeVar("T")
 _IFF_UP = 0x1  # linux/if.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _OF_THE_KERNEL = (2, 3, 4, 5)  # linux/rtnetlink.h: RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
+# linux/rtnetlink.h: RT_TABLE_MAIN, RTN_UNREACHABLE, RT_SCOPE_LINK
+_MAIN, _UNREACHABLE, _ON_LINK = 254, 7, 253
 _IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}  # linux/if_link.h
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
@@ -140,6 +142,19 @@ def ensure_ipvlan(name: str, parent: str, *, mode: Literal["l2", "l3", "l3s"] = 
     _netlink.run(_ensure_upon, "ipvlan", name, parent, None, ipvlan_mode=_IPVLAN_MODES[mode])
 
 
+def ensure_vlan(name: str, parent: str, number: int) -> None:
+    """An interface for the frames of `parent` that have this VLAN number (IEEE 802.1Q, 1 to 4094), up.
+
+    Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses:
+    not every kernel has it.
+    """
+    _check_name(name)
+    _check_name(parent)
+    if not 1 <= number <= 4094:
+        raise InvalidRequest(f"vlan {name}: {number} is no VLAN number: that is 1 to 4094")
+    _netlink.run(_ensure_vlan, name, parent, number)
+
+
 def ensure_vxlan(name: str, vni: int, *, master: str | None = None, port: int = 4789, mtu: int | None = None) -> None:
     """A VXLAN (RFC 7348) of this network identifier, up, that learns nothing by itself: whom to send to it is told.
 
@@ -164,6 +179,35 @@ def attach(name: str, master: str) -> bool:
     _check_name(name)
     _check_name(master)
     return _netlink.run(_attach, name, master)
+
+
+def set_up(name: str, *, addresses: Iterable[IPv4Interface | IPv6Interface] = (), group: int | None = None) -> bool:
+    """Set an interface up with at least these `addresses`, if it is here. False if there is none of its name.
+
+    `group` is a number that firewall rules know it by (``ip link set group``). IPv6 addresses skip duplicate address
+    detection. It is watched from now on as if it had been made here. Raises `LinkError` if the kernel refuses.
+    """
+    _check_name(name)
+    return _netlink.run(_set_up, name, tuple(addresses), group)
+
+
+def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None = None) -> None:
+    """A route of this host to `destination`, on the link of `interface`.
+
+    Without one, who sends there is told that it is unreachable, unless a route to a part of it says better. The routes
+    of an interface go when it goes down. Raises `Conflict` if there is another route to the same destination,
+    `LinkError` if there is no such interface or the kernel refuses.
+    """
+    if interface is not None:
+        _check_name(interface)
+    _netlink.run(_ensure_route, destination, interface)
+
+
+def delete_route(destination: IPv4Network | IPv6Network, interface: str | None = None) -> bool:
+    """Remove what `ensure_route` made. False if it is not there. Raises `LinkError` if the kernel refuses."""
+    if interface is not None:
+        _check_name(interface)
+    return _netlink.run(_delete_route, destination, interface)
 
 
 def move(name: str, namespace: int, new_name: str) -> None:
@@ -417,6 +461,17 @@ def _ensure_upon(ipr: Any, /, kind: str, name: str, parent: str, mac: str | None
         raise LinkError(cannot, error) from error
 
 
+def _ensure_vlan(ipr: Any, name: str, parent: str, number: int) -> None:
+    cannot = f"vlan {name}: cannot create with number {number} on {parent}"
+    index = _master(cannot, parent)
+    try:
+        same = {"link": index, ("linkinfo", "data", "vlan_id"): number}
+        _add(ipr, cannot, "vlan", name, same, link=index, vlan_id=number)
+        ipr.link("set", index=_index(name), state="up")
+    except NetlinkError as error:
+        raise LinkError(cannot, error) from error
+
+
 def _ensure_vxlan(ipr: Any, name: str, vni: int, *, master: str | None, port: int, mtu: int | None) -> None:
     cannot = f"vxlan {name}: cannot create with identifier {vni}"
     port_of = None if master is None else _master(cannot, master)
@@ -457,6 +512,71 @@ def _attach(ipr: Any, name: str, master: str) -> bool:
         raise LinkError(cannot, error) from error
     _watch.expect(name, Made(index, master=master_index))
     return True
+
+
+def _set_up(ipr: Any, name: str, addresses: tuple[IPv4Interface | IPv6Interface, ...], group: int | None) -> bool:
+    if (index := _index(name)) is None:
+        return False
+    cannot = f"interface {name}: cannot"
+    try:
+        ipr.link("set", index=index, state="up", **_given(group=group))
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return False
+        raise LinkError(f"{cannot} set up", error) from error
+    try:
+        present = _describe(ipr, name).addresses if addresses else ()
+    except NotFound:
+        return False
+    for address in addresses:
+        if address not in present:
+            _add_address(ipr, cannot, index, address)
+    _watch.expect(name, Made(index, addresses=addresses))
+    return True
+
+
+def _ensure_route(ipr: Any, destination: IPv4Network | IPv6Network, interface: str | None) -> None:
+    cannot = f"{_route_in_words(destination, interface)}: cannot add"
+    route = _route(cannot, destination, interface)
+    try:
+        ipr.route("add", **route)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise LinkError(cannot, error) from error
+        # Without `dump_filter` pyroute2 would look through all routes; see _describe.
+        same = {name: route[name] for name in ("family", "type", "oif") if name in route}
+        for found in ipr.route("dump", table=_MAIN, dump_filter=None, **same):
+            if (found.get("dst"), found["dst_len"]) == (str(destination.network_address), destination.prefixlen):
+                return
+        raise Conflict(f"{cannot}: there is another route to it") from None
+
+
+def _delete_route(ipr: Any, destination: IPv4Network | IPv6Network, interface: str | None) -> bool:
+    if interface is not None and _index(interface) is None:
+        return False
+    cannot = f"{_route_in_words(destination, interface)}: cannot delete"
+    try:
+        ipr.route("del", **_route(cannot, destination, interface))
+    except NetlinkError as error:
+        if error.code in (errno.ESRCH, errno.ENODEV):
+            return False
+        raise LinkError(cannot, error) from error
+    return True
+
+
+def _route_in_words(destination: IPv4Network | IPv6Network, interface: str | None) -> str:
+    return f"route to {destination}" + (f" by {interface}" if interface else "")
+
+
+def _route(cannot: str, destination: IPv4Network | IPv6Network, interface: str | None) -> dict[str, Any]:
+    family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+    described = {"dst": str(destination), "family": family}
+    if interface is not None:
+        return described | {"oif": _master(cannot, interface), "scope": _ON_LINK}
+    if destination.version == 4:
+        return described | {"type": _UNREACHABLE}
+    # It is the loopback's, which tells it from others when it is deleted: the type does not (ip6_route_del).
+    return described | {"type": _UNREACHABLE, "oif": _master(cannot, "lo")}
 
 
 def _master(cannot: str, master: str) -> int:

@@ -82,12 +82,12 @@ def text(policy: Policy) -> str:
     for version in policy.versions:
         for rule in rules(policy, version):
             lines[rule.place].append(_line(rule, policy, version))
-    bridge = policy.bridge
+    own = policy.interfaces
     chains = {
         "forward": [
             "type filter hook forward priority filter - 5; policy accept;",
-            f'oifname "{bridge}" jump into',
-            f'iifname "{bridge}" jump out',
+            f"{_interface('oif', '', own)} jump into",
+            f"{_interface('iif', '', own)} jump out",
         ],
         "into": lines[Place.INTO],
         "out": lines[Place.OUT],
@@ -113,7 +113,7 @@ def text(policy: Policy) -> str:
         f"\tchain {name} {{\n" + "".join(f"\t\t{line}\n" for line in content) + "\t}\n"
         for name, content in chains.items()
     )
-    return f"table inet {_table(bridge)} {{\n" + "\n".join(blocks) + "}\n"
+    return f"table inet {_table(policy.bridge)} {{\n" + "\n".join(blocks) + "}\n"
 
 
 def _table(bridge: str) -> str:
@@ -124,14 +124,14 @@ def _table(bridge: str) -> str:
 def _line(rule: Rule, policy: Policy, version: int) -> str:
     ip = "ip" if version == 4 else "ip6"
     parts = []
-    for flag, name in (
-        ("iifname", rule.incoming),
-        ("iifname !=", rule.not_incoming),
-        ("oifname", rule.outgoing),
-        ("oifname !=", rule.not_outgoing),
+    for direction, operator, of in (
+        ("iif", "", rule.incoming),
+        ("iif", "!= ", rule.not_incoming),
+        ("oif", "", rule.outgoing),
+        ("oif", "!= ", rule.not_outgoing),
     ):
-        if name is not None:
-            parts.append(f'{flag} "{name}"')
+        if of is not None:
+            parts.append(_interface(direction, operator, of))
     if rule.from_bridges:
         parts.append(f"iifgroup {GROUP}")
     if rule.source is not None:
@@ -151,6 +151,10 @@ def _line(rule: Rule, policy: Policy, version: int) -> str:
     if not (rule.source or rule.not_source or rule.destination or rule.icmp):  # these imply the version
         parts.insert(0, f"meta nfproto ipv{version}")
     return " ".join((*parts, _verdict(rule, ip), f'comment "netplugin_sdk:{policy.comment(rule.endpoint)}"'))
+
+
+def _interface(direction: str, operator: str, of: str | int) -> str:
+    return f'{direction}name {operator}"{of}"' if isinstance(of, str) else f"{direction}group {operator}{of}"
 
 
 def _verdict(rule: Rule, ip: str) -> str:

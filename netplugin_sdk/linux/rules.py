@@ -59,6 +59,9 @@ class Policy:
 
     bridge: str
     """Name of the interface. It need not exist yet."""
+    group: int | None = None
+    """Number of a group of interfaces (``ip link set group``) that the host routes between, without a bridge. All that
+    is said of the bridge and its ports is then meant of them, and `bridge` is a name for the rules."""
     network: str = ""
     """What comments call the network, such as the start of its id."""
     subnets: tuple[IPNetwork, ...] = ()
@@ -94,6 +97,11 @@ class Policy:
             if address.version == 6 and (address.scope_id or address.ipv4_mapped):
                 raise InvalidRequest(f"{address} cannot be an address in a firewall rule")
         object.__setattr__(self, "published", dict(self.published))  # nobody else changes it
+
+    @property
+    def interfaces(self) -> str | int:
+        """Whom it is for: the name of the bridge, or the number of the group."""
+        return self.bridge if self.group is None else self.group
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -139,16 +147,19 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: a packet that all of the matches fit gets the verdict. None matches anything."""
+    """One rule: a packet that all of the matches fit gets the verdict. None matches anything.
+
+    An interface is written by its name, a group of them by its number.
+    """
 
     place: Place
     verdict: Verdict
-    incoming: str | None = None
-    not_incoming: str | None = None
+    incoming: str | int | None = None
+    not_incoming: str | int | None = None
     from_bridges: bool = False
     """Came in by an interface of the group `GROUP`."""
-    outgoing: str | None = None
-    not_outgoing: str | None = None
+    outgoing: str | int | None = None
+    not_outgoing: str | int | None = None
     source: IPNetwork | None = None
     not_source: IPAddress | None = None
     destination: IPAddress | None = None
@@ -168,7 +179,7 @@ class Rule:
 
 def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
     """The rules of one bridge for one IP version; of each `Place` in the order in which they are to be asked."""
-    bridge, mode = policy.bridge, policy.mode(version)
+    bridge, mode = policy.interfaces, policy.mode(version)
     nat = mode in (Mode.NAT, Mode.UNPROTECTED)
     into = Place.INTO
     among = Rule(place=into, incoming=bridge, verdict=Verdict.ACCEPT)
@@ -242,13 +253,13 @@ def _translations(policy: Policy, version: int) -> list[Rule]:
                 Rule(
                     place=Place.SNAT,
                     source=subnet,
-                    outgoing=policy.bridge,
+                    outgoing=policy.interfaces,
                     translated=True,
                     verdict=Verdict.MASQUERADE,
                 )
             ]
             if policy.masquerade:
                 found += [
-                    Rule(place=Place.SNAT, source=subnet, not_outgoing=policy.bridge, verdict=replaced, to=source)
+                    Rule(place=Place.SNAT, source=subnet, not_outgoing=policy.interfaces, verdict=replaced, to=source)
                 ]
     return found

@@ -30,7 +30,7 @@ from netplugin_sdk.linux.iptables import parse
 from netplugin_sdk.linux.ports import Published
 
 from ..unit.test_rules import GOLDEN, POLICIES, Host
-from .lab import run
+from .lab import SYSCTLS, run
 
 SUBNETS = (ip_network("10.1.0.0/24"), ip_network("fd00:1::/64"))
 COMMANDS = ("iptables", "ip6tables")
@@ -121,7 +121,10 @@ def docker_starts(*, old: bool = False) -> None:
     [
         *(("iptables-nft", name) for name in POLICIES),
         *(("nftables", name) for name in POLICIES),
-        *(("iptables-legacy", name) for name in ("nat-unprotected", "nat4-routed6", "trusted", "two-endpoints")),
+        *(
+            ("iptables-legacy", name)
+            for name in ("nat-unprotected", "nat4-routed6", "trusted", "two-endpoints", "group")
+        ),
     ],
     indirect=["backend"],
 )
@@ -131,7 +134,7 @@ def test_the_programs_print_what_the_golden_files_show(backend: str, name: str, 
     parts = dict(re.findall(r"^# (iptables|ip6tables|nft)\n\n(.*?\n)\n?(?=^# |\Z)", golden, re.MULTILINE | re.DOTALL))
     firewall.ensure(POLICIES[name])
     if backend == "nftables":
-        assert run("nft", "list", "table", "inet", "netplugin-br-1") == parts["nft"]
+        assert run("nft", "list", "table", "inet", f"netplugin-{POLICIES[name].bridge}") == parts["nft"]
     for command in COMMANDS if backend != "nftables" else ():
         if command in parts:
             chains = parse(run(f"{command}-save"))
@@ -145,6 +148,42 @@ def test_the_programs_print_what_the_golden_files_show(backend: str, name: str, 
     assert set(programs) <= LOOKS
     assert "nft list" in programs or "iptables-save" in programs
     assert rules(backend) == before
+
+
+FORWARDING = {4: ("ipv4/ip_forward",), 6: ("ipv6/conf/default/forwarding", "ipv6/conf/all/forwarding")}
+
+
+@pytest.mark.parametrize("version", FORWARDING)
+@pytest.mark.usefixtures("iptables")
+def test_who_forwards_only_now_forwards_nothing_else(version: int, caplog: pytest.LogCaptureFixture) -> None:
+    def state() -> dict[str, list[str]]:
+        policies = {command: run(command, "-S", "FORWARD").split()[:3][-1] for command in COMMANDS}
+        return {
+            command: [policies[command], *((SYSCTLS / name).read_text().strip() for name in names)]
+            for command, names in zip(COMMANDS, FORWARDING.values(), strict=True)
+        }
+
+    for command in COMMANDS:
+        run(command, "-P", "FORWARD", "ACCEPT")
+    firewall.ensure_forwarding(version)
+    assert state() == {"iptables": ["ACCEPT", "1"], "ip6tables": ["ACCEPT", "1", "1"]}, "so it was, and it stays"
+    assert not caplog.records
+    for names in FORWARDING.values():
+        for name in names:
+            (SYSCTLS / name).write_text("0")
+    firewall.ensure_forwarding(version)
+    changed = {4: {"iptables": ["DROP", "1"]}, 6: {"ip6tables": ["DROP", "1", "1"]}}[version]
+    assert state() == {"iptables": ["ACCEPT", "0"], "ip6tables": ["ACCEPT", "0", "0"]} | changed
+    assert len(caplog.records) == len(FORWARDING[version])
+
+
+@pytest.mark.parametrize("backend", ["nftables"], indirect=True)
+def test_where_docker_uses_nftables_forwarding_is_the_administrators(backend: str) -> None:
+    firewall.ensure_forwarding(4)
+    (SYSCTLS / "ipv4/ip_forward").write_text("0")
+    with pytest.raises(FirewallError, match="with nftables the administrator is to turn forwarding on"):
+        firewall.ensure_forwarding(4)
+    assert (SYSCTLS / "ipv4/ip_forward").read_text() == "0\n"
 
 
 def test_twice_is_once(backend: str) -> None:

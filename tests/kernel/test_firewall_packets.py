@@ -180,6 +180,25 @@ class Site:
         container.run("ip", "route", "add", "default", "via", f"fd00:{number}::1")
         return container
 
+    def group(self, number: int) -> list[Namespace]:
+        """Two containers, N.2 and N.3, without a bridge: the host routes between its ends of their pairs."""
+        return [self._routed(number, host) for host in (2, 3)]
+
+    def _routed(self, number: int, host: int) -> Namespace:
+        container = self._machine()
+        host_end, inside = f"ve{number}.{host}h", f"ve{number}.{host}i"
+        gateways = [ip_interface(f"10.{number}.0.1/32"), ip_interface(f"fd00:{number}::1/128")]
+        addresses = [f"10.{number}.0.{host}/32", f"fd00:{number}::{host}/128"]
+        links.ensure_veth(host_end, inside)
+        links.set_up(host_end, addresses=gateways, group=number)
+        for address in addresses:
+            links.ensure_route(ip_network(address), host_end)
+        container.adopt(inside, *addresses)
+        for gateway in gateways:
+            container.run("ip", "route", "add", str(gateway), "dev", inside)
+            container.run("ip", "route", "add", "default", "via", str(gateway.ip))
+        return container
+
     def _machine(self) -> Namespace:
         machine = self._namespace()
         machine.call(_without_dad)
@@ -300,6 +319,47 @@ def test_without_icc(site: Site) -> None:
 
 
 @pytest.mark.skipif(not BR_NETFILTER, reason="the kernel does not filter what is bridged: no module br_netfilter")
+# ---------------------------------------------------------------------------------------- a group, without a bridge
+
+
+def test_a_group_is_as_a_bridge(site: Site, backend: str) -> None:
+    first, second = site.group(1)
+    firewall.ensure(policy(bridge="pt-1", group=1, published=PUBLISHED))
+    for forward in ("DROP", "ACCEPT"):
+        forward_policy(backend, forward)
+        assert reached(second, *TO_1)
+        assert ask(first, *OUT, within=2) == {OUT[0]: HOST, OUT[1]: HOST6}
+        assert not ask(site.outside, *TO_1)
+    assert reached(site.outside, *PUBLIC)
+    assert reached(second, *PUBLIC), "a neighbour by the host's address"
+    firewall.ensure(policy(bridge="pt-1", group=1, internal=True))
+    firewall.settle()
+    assert reached(second, *TO_1)
+    assert not ask(first, *OUT)
+    assert not ask(site.outside, *TO_1, *PUBLIC)
+    firewall.ensure(policy(bridge="pt-1", group=1, icc=False))
+    firewall.settle()
+    assert not ask(second, *TO_1)
+    assert reached(second, *OUT)
+
+
+@fast
+def test_groups_and_bridges_do_not_reach_each_other(site: Site) -> None:
+    first, _ = site.group(1)
+    second, _ = site.group(2)
+    on_a_bridge, _ = site.bridge(3)
+    for each in (policy(3), policy(bridge="pt-1", group=1), policy(2, bridge="pt-2", group=2)):
+        firewall.ensure(each)
+    with ThreadPoolExecutor(3) as threads:
+        asked = (
+            threads.submit(ask, second, *TO_1),
+            threads.submit(ask, on_a_bridge, *TO_1),
+            threads.submit(ask, first, *both("10.2.0.2", "fd00:2::2", 80), *both("10.3.0.2", "fd00:3::2", 80)),
+        )
+        assert not any(each.result() for each in asked)
+    assert all(reached(each, *OUT) for each in (first, second, on_a_bridge))
+
+
 @fast
 def test_without_icc_where_the_outside_is_let_in(site: Site) -> None:
     _, second = site.bridge(1)

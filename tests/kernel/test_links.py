@@ -1,21 +1,23 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
 import pytest
 
+from netplugin_sdk.addresses import IPInterface, IPNetwork
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
 from netplugin_sdk.linux.namespaces import unshare
 
-from .lab import Namespace, run
+from .lab import SYSCTLS, Namespace, run
 
 pytestmark = pytest.mark.usefixtures("netns")
 
@@ -433,3 +435,98 @@ def test_a_mac_that_is_none_is_refused_for_a_macvlan() -> None:
     run("ip", "link", "add", "up0", "type", "bridge")
     with pytest.raises(InvalidRequest, match="'02:42' is not a MAC address"):
         links.ensure_macvlan("mv-t", "up0", mac="02:42")
+
+
+# Interfaces that the host routes by
+
+
+def test_an_interface_is_set_up_with_its_addresses() -> None:
+    links.ensure_veth("ve-t", "vc-t")
+    run("ip", "link", "set", "ve-t", "down")
+    for _ in range(2):
+        assert links.set_up("ve-t", addresses=[V4, V6], group=0x70000001)
+        link = links.describe("ve-t")
+        assert link.up
+        assert {V4, V6} <= set(link.addresses)
+    assert "group 1879048193" in run("ip", "link", "show", "ve-t")
+    assert "tentative" not in run("ip", "-6", "address", "show", "dev", "ve-t", "to", str(V6))
+    assert links.set_up("ve-t")
+    assert "group 1879048193" in run("ip", "link", "show", "ve-t"), "what is not asked stays"
+    assert not links.set_up("none", addresses=[V4])
+
+
+def test_an_address_that_the_kernel_refuses_is_named() -> None:
+    links.ensure_veth("ve-t", "vc-t")
+    (SYSCTLS / "ipv6/conf/ve-t/disable_ipv6").write_text("1")
+    with pytest.raises(LinkError, match="interface ve-t: cannot add address fd00:9::1/64: Permission denied"):
+        links.set_up("ve-t", addresses=[V6])
+
+
+@pytest.mark.parametrize(
+    "destination", [ip_network("10.9.0.2/32"), ip_network("fd00:9::2/128"), V4.network, V6.network]
+)
+def test_a_route(destination: IPNetwork) -> None:
+    def routes(to: str) -> str:
+        return run("ip", f"-{destination.version}", "route", "show", *to.split())
+
+    links.ensure_veth("ve-t", "vc-t")
+    links.ensure_veth("ve-u", "vc-u")
+    run("ip", "link", "set", "ve-t", "down")
+    with pytest.raises(LinkError, match=f"route to {destination} by ve-t: cannot add: Network is down"):
+        links.ensure_route(destination, "ve-t")
+    links.set_up("ve-t")
+    for _ in range(2):
+        links.ensure_route(destination, "ve-t")
+    written = str(destination).removesuffix("/32").removesuffix("/128")
+    assert routes("dev ve-t").startswith(written)
+    for interface in ("ve-u", None):
+        with pytest.raises(Conflict, match=f"route to {destination}.*: cannot add: there is another route to it"):
+            links.ensure_route(destination, interface)
+        assert not links.delete_route(destination, interface)
+    assert links.delete_route(destination, "ve-t")
+    assert not links.delete_route(destination, "ve-t")
+    assert not links.delete_route(destination, "none")
+    assert written not in routes("dev ve-t")
+    with pytest.raises(LinkError, match=f"route to {destination} by none: cannot add: No such device"):
+        links.ensure_route(destination, "none")
+
+
+@pytest.mark.parametrize("link", [V4, V6])
+def test_what_is_unreachable_but_for_a_part_of_it(link: IPInterface, namespace: Callable[[], Namespace]) -> None:
+    network = link.network
+    for _ in range(2):
+        links.ensure_route(network)
+    assert f"unreachable {network}" in run("ip", f"-{link.version}", "route")
+    assert network in links.occupied()
+    links.ensure_veth("ve-t", "vc-t")
+    links.set_up("ve-t", addresses=[ip_interface(link.ip)])
+    container = namespace()
+    container.adopt("vc-t", f"{network[2]}/{network.prefixlen}")
+    links.ensure_route(ip_network(network[2]), "ve-t")
+    run("ping", "-c1", "-W2", str(network[2]))
+    with pytest.raises(AssertionError, match=r"^ping .*: (ping: connect: No route to host)?"):
+        run("ping", "-c1", "-W2", str(network[3]))
+    assert links.delete_route(network)
+    assert not links.delete_route(network)
+
+
+def test_a_vlan_where_the_kernel_has_it() -> None:
+    links.ensure_veth("up0", "up1")
+    command = ["ip", "link", "add", "try0", "link", "up0", "type", "vlan", "id", "9"]
+    if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        for _ in range(2):
+            links.ensure_vlan("up0.10", "up0", 10)
+        assert links.describe("up0.10").up
+        assert "vlan protocol 802.1Q id 10 " in run("ip", "-details", "link", "show", "up0.10")
+        with pytest.raises(Conflict, match="a vlan interface has this name"):
+            links.ensure_vlan("up0.10", "up0", 11)
+    else:
+        with pytest.raises(LinkError, match=r"vlan up0\.10: cannot create .* on up0: .*Unknown device type"):
+            links.ensure_vlan("up0.10", "up0", 10)
+        assert not links.exists("up0.10")
+
+
+@pytest.mark.parametrize("number", [0, 4095])
+def test_what_is_no_vlan_number(number: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"vlan up0.{number}: {number} is no VLAN number: that is 1 to 4094"):
+        links.ensure_vlan(f"up0.{number}", "up0", number)

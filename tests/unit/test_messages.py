@@ -708,6 +708,10 @@ def test_a_wrong_number_of_octets() -> None:
             MacAddress.from_bytes(octets)
 
 
+def test_the_mac_address_that_goes_with_an_ip_address() -> None:
+    assert MacAddress.of(IPv4Address("10.123.0.77")) == "02:42:0a:7b:00:4d"
+
+
 def test_a_random_mac_address_is_unicast_and_locally_administered() -> None:
     drawn = {MacAddress.random() for _ in range(50)}
     assert len(drawn) == 50

@@ -194,6 +194,14 @@ POLICIES = {
         published={"web": (port("0.0.0.0:8080->10.1.0.2:80/tcp"), port("[::]:0->[fd00:1::2]:80/tcp"))},
     ),
     "source-address": Policy(bridge="br-1", subnets=BOTH, sources=(ip_address("192.0.2.9"), ip_address("fd00:ff::9"))),
+    "group": Policy(
+        bridge="pt-1",
+        group=0x70000001,
+        subnets=BOTH,
+        mode6=Mode.ROUTED,
+        published={"web": (port("0.0.0.0:8080->10.1.0.2:80/tcp"), port("[::]:0->[fd00:1::2]:80/tcp"))},
+    ),
+    "group-internal": Policy(bridge="pt-1", group=0x70000001, subnets=BOTH, internal=True),
     "trusted": Policy(
         bridge="br-1",
         subnets=BOTH[:1],
@@ -277,6 +285,7 @@ def policies_of(bridge: str) -> st.SearchStrategy[Policy]:
     return st.builds(
         Policy,
         bridge=st.just(bridge),
+        group=st.sampled_from([None, 7]),
         network=st.sampled_from(["", "n1"]),
         subnets=subnets.map(tuple),
         internal=st.booleans(),

@@ -142,6 +142,15 @@ def test_an_interface_name_follows_from_the_id() -> None:
     assert len(network.interface_name("br")) == 15
 
 
+def test_a_group_of_interfaces_follows_from_the_id_whatever_that_is() -> None:
+    store = Store(None, Options)
+    network, endpoint = new_network(store), new_endpoint(store)
+    assert network.interface_group == new_network(Store(None, Options)).interface_group
+    assert network.interface_group != endpoint.interface_group
+    for each in (network, endpoint):
+        assert 0x70000000 <= each.interface_group < 0x80000000, "the kernel's are signed"
+
+
 # Attached data
 
 

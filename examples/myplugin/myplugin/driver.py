@@ -97,16 +97,11 @@ class BridgeDriver(NetworkDriver[Options]):
     # ------------------------------------------------------------------------------------------------ endpoints
 
     def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface | None:
-        """Give the endpoint a MAC address, unless ``--mac-address`` did.
-
-        It follows from the IPv4 address: who gets an address again, gets the neighbours' ARP entries right.
-        """
+        """Give the endpoint a MAC address, unless ``--mac-address`` did."""
         if endpoint.requested.mac_address is not None:
             return None
         address = endpoint.requested.address
-        if address is None:
-            return EndpointInterface(mac_address=MacAddress.random())
-        return EndpointInterface(mac_address=MacAddress.from_bytes(b"\x02\x42" + address.ip.packed))
+        return EndpointInterface(mac_address=MacAddress.of(address.ip) if address else MacAddress.random())
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
         """Delete the pair by its outer end, wherever the inner one is."""
@@ -270,13 +265,11 @@ def _refuse_overlap(network: Network[Options], other: Network[Options]) -> None:
 
 def _set_sysctls(network: Network[Options], bridge: str) -> None:
     versions = {subnet.version for subnet in network.subnets}
-    if 4 in versions:
-        _forward(4, "net/ipv4/ip_forward")
+    for version in sorted(versions):
+        firewall.ensure_forwarding(version)
     if 6 in versions:
         isolated = network.options.gateway_mode_ipv6 is Mode.ISOLATED
         sysctls.ensure(f"net/ipv6/conf/{bridge}/disable_ipv6", int(isolated))
-        for scope in ("default", "all"):
-            _forward(6, f"net/ipv6/conf/{scope}/forwarding")
     device = network.attached(Device)
     if device and not device.adopted and sysctls.read(f"net/ipv6/conf/{bridge}/accept_ra") is not None:
         sysctls.ensure(f"net/ipv6/conf/{bridge}/accept_ra", 0)  # no neighbour is the host's router
@@ -284,10 +277,3 @@ def _set_sysctls(network: Network[Options], bridge: str) -> None:
         # Else what goes from one port of the bridge to another is not filtered.
         for version in versions:
             sysctls.ensure(f"net/bridge/bridge-nf-call-ip{'6' if version == 6 else ''}tables", 1)
-
-
-def _forward(version: int, sysctl: str) -> None:
-    if sysctls.read(sysctl) != "1":
-        firewall.forward_nothing_else(version)
-        sysctls.ensure(sysctl, 1)
-        _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", sysctl)

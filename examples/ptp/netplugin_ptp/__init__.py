@@ -1,0 +1,1 @@
+"""A Docker network driver: routed containers, without a bridge."""
