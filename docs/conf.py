@@ -157,7 +157,8 @@ def _signature(
 def _included(_app: Sphinx, path: Path, _parent: str, content: list[str]) -> None:
     """The README of an example is a page here, too: its links lead to pages, and what GitHub draws is a picture."""
     text = content[0].replace("(../../README.md)", "(index.md)").replace("(../../docs/", "(")
-    picture = f"![What happens, call by call](pictures/{path.parent.name}.svg)\n"
+    text = re.sub(r"\(\.\./(\w+)/README\.md\)", r"(\1.md)", text)
+    picture = f"![What is written here in words](pictures/{path.parent.name}.svg)\n"
     content[0] = re.sub(r"^```mermaid\n.*?^```$", picture, text, flags=re.MULTILINE | re.DOTALL)
 
 
