@@ -57,6 +57,7 @@ nitpick_ignore = [  # in signatures, and not for authors
     ("py:class", "netplugin_sdk.calls.Call"),
     ("py:class", "netplugin_sdk.cnm.registry.Driver"),
     ("py:class", "netplugin_sdk.testing.conformance.session.Exchange"),
+    ("py:class", "netplugin_sdk.testing.recording.Exchange"),
     ("py:class", "netplugin_sdk.testing.conformance.session.Session"),
     ("py:class", "StartResponse"),
     ("py:class", "WSGIEnvironment"),
