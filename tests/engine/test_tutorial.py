@@ -40,10 +40,13 @@ VARIABLE = (  # what differs from run to run, and what is shown instead
     (r"(@if|^)\d+(?=[:\W])", r"\1INDEX"),
     (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
 )
-# A reader waits a second for a plugin that starts, or for what is mended. Here that ends when the plugin serves, and
-# lasts longer where it serves already, since a machine that runs tests may be slow.
+# A reader waits a second for what starts, or for what is mended. Here that ends when the plugin serves, or the trace has
+# the connections, and lasts longer where that is so already: a machine that runs tests may be slow.
 SLEEP = """sleep() {
-    for waited in {0..99}; do grep -q ' serves ' "$(ls -t *.log | head -1)" && break; command sleep 0.1; done 2>&-
+    for waited in {0..99}; do
+        grep -qE ' serves | kept conn' "$(ls -t *.log | head -1)" && break
+        command sleep 0.1
+    done 2>&-
     [ $waited -gt 0 ] || command sleep $(($1 * 2))
 }"""
 # bash says so in a script; to a terminal it says `[1]+ Killed`.
