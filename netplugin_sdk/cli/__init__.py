@@ -11,6 +11,8 @@ from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
     "check": "netplugin_sdk.cli.check:check",
+    "trace": "netplugin_sdk.cli.trace:trace",
+    "replay": "netplugin_sdk.cli.trace:replay",
 }
 """Name → where it is. Help lists them in this order."""
 
