@@ -41,6 +41,7 @@ front of a plugin from now on, its pid; ``n`` a note, which is text; ``!`` why w
 REQUEST, ANSWER, CLOSED, IN_FRONT, NOTE, FAILED = b">", b"<", b"x", b"f", b"n", b"!"
 
 _BACKLOG = 4096
+_NICE = -10  # calls wait for us
 _CHUNK = 64 * 1024
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -622,6 +623,8 @@ def main() -> None:
     path, lock, records = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(PermissionError):
+        os.nice(_NICE)
     place = Place(Path(path))
     os.chdir(place.folder)
     try:

@@ -7,7 +7,8 @@
 The path of the plugin's socket leads to ours for that time, in one step and back in one step (see `forwarder`, which
 stands there: a process of its own, so that nothing which happens in this one holds up a call). Connections that the
 engine keeps from before would go past it, so they are ended, too: the plugin reads the end of them, answers what it was
-asked, and closes; the engine sees that at once and connects anew.
+asked, and closes; the engine sees that at once and connects anew. (A Go handler that has a call just then sees its
+request's context cancelled, as if the engine had gone; its answer still arrives.)
 """
 
 from __future__ import annotations
@@ -407,6 +408,7 @@ def _accepted(made: os.stat_result, not_from: set[int]) -> set[int]:
                     and (file["udiag_vfs_ino"], file["udiag_vfs_dev"]) == (made.st_ino & 0xFFFFFFFF, device)
                     and each.get_attr("UNIX_DIAG_PEER") not in not_from
                     and not (queue and queue["udiag_rqueue"])
+                    and not each.get_attr("UNIX_DIAG_SHUTDOWN")  # else it has been told
                 ):
                     found.add(int(each["udiag_ino"]))
     except Exception as error:
