@@ -1,8 +1,8 @@
 """What stands in front of a plugin's socket: a program by itself, which `tap` runs as ``python -P forwarder.py``.
 
-Its arguments are the path of the plugin's socket, the descriptor of `Place`'s lock and that of a pipe for what it sees.
-It ends when its standard input does, so also when who started it is killed: it gives the socket back, answers what was
-asked, and exits. So no call is cut and nobody ever meets a closed socket.
+Its arguments are the path of the plugin's socket, the descriptor that holds its `Place`, and that of a pipe for what
+it sees. It ends when its standard input does, so also when who started it is killed: it gives the socket back, answers
+what was asked, and exits. So no call is cut and nobody ever meets a closed socket.
 
     engine ── PATH: our socket ── forwarder ── FOLDER/plugin: the plugin's socket ── plugin
 
@@ -83,14 +83,16 @@ class Place:
     mend, whoever was killed when: `ours` is a second name of our socket, `plugin` is what we stand in front of.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, held: int = -1) -> None:
         self.path = path
+        self.held = held
+        """The descriptor by which the folder is held; -1 if it is not."""
         self.folder = path.with_name(f".{path.name}.traced")
         self.ours = self.folder / path.name
         self.plugin = self.folder / "plugin"
 
-    def lock(self) -> int | None:
-        """Make the folder and hold it, by a descriptor; None if somebody else does."""
+    def hold(self) -> bool:
+        """Make the folder and hold it; False if somebody else does."""
         while True:
             self.folder.mkdir(0o700, exist_ok=True)
             with suppress(FileNotFoundError):
@@ -99,17 +101,29 @@ class Place:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     os.close(fd)
-                    return None
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), self.folder.lstat()):
-                        return fd
-                os.close(fd)  # it was removed by who held it
+                    return False
+                if self.held >= 0:
+                    os.close(self.held)
+                self.held = fd
+                if self._is_there():
+                    return True
+                self.release()  # it was removed by who held it
+
+    def _is_there(self) -> bool:
+        """Whether the folder that is held is still the one of this name."""
+        try:
+            return os.path.samestat(os.fstat(self.held), self.folder.lstat())
+        except FileNotFoundError:
+            return False
 
     def take(self) -> socket.socket:
         """Let the path lead to a new socket, which listens and has owner and mode of the plugin's.
 
-        The working folder is `folder`: what is beyond it may be longer than the name of a socket.
+        It works in the folder, since a socket's name must be short. Docker removes it with that of a plugin it stops.
         """
+        if not self._is_there() and not self.hold():
+            raise ConnectionError("somebody else is in front")
+        os.fchdir(self.held)
         found = self.path.lstat()
         listener = socket.socket(socket.AF_UNIX)
         try:
@@ -142,11 +156,13 @@ class Place:
         self.ours.unlink(missing_ok=True)
         return taken
 
-    def release(self, lock: int) -> None:
-        """Remove the folder and hold it no more."""
-        with suppress(OSError):
-            self.folder.rmdir()
-        os.close(lock)
+    def release(self) -> None:
+        """Hold the folder no more, and remove it if it is empty."""
+        if self._is_there():
+            with suppress(OSError):
+                self.folder.rmdir()
+        os.close(self.held)
+        self.held = -1
 
 
 # -------------------------------------------------------------------------------------------------------- connections
@@ -620,19 +636,18 @@ class Forwarder:
 
 def main() -> None:
     """The program."""
-    path, lock, records = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, held, records = sys.argv[1:]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with suppress(PermissionError):
         os.nice(_NICE)
-    place = Place(Path(path))
-    os.chdir(place.folder)
+    place = Place(Path(path), int(held))
     try:
-        forwarder = Forwarder(place, records)
+        forwarder = Forwarder(place, int(records))
         signal.signal(signal.SIGTERM, lambda *_: forwarder.stop())
         forwarder.run()
     finally:
-        place.release(lock)
+        place.release()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@
 | ``ms`` | milliseconds from there to the end of the answer; may be missing |
 | ``method`` | the path without its ``/`` |
 | ``headers`` | the request's, as they came |
-| ``request``, ``response`` | the bodies, decoded; null for an empty one |
+| ``request``, ``response`` | the bodies, decoded (so without their white space); null for an empty one |
 | ``raw_empty`` | whether the request's body was empty, which ``null`` is not |
 | ``request_text``, ``response_text`` | a body that is no JSON, as text; bytes that are no UTF-8 as lone surrogates |
 | ``status`` | the answer's; null if there was none |
@@ -70,8 +70,8 @@ class Exchange:
         return refusal(self.status, self.answer)
 
     def __str__(self) -> str:
-        answer = f"{self.status} {_short(self.answer)}" if self.status else f"no answer: {self.no_answer}"
-        return f"{self.method} {_short(self.request)}\n    → {answer}"
+        answer = f"{self.status} {short(self.answer)}" if self.status else f"no answer: {self.no_answer}"
+        return f"{self.method} {short(self.request)}\n    → {answer}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def refusal(status: int, answer: bytes) -> str:
     fields = content if isinstance(content, dict) else {}
     if status == 200:
         return str(fields.get("Err") or fields.get("Error") or "")
-    return str(fields.get("Err") or _short(answer) or f"status {status}")
+    return str(fields.get("Err") or short(answer) or f"status {status}")
 
 
 def body(data: bytes) -> Any:
@@ -111,7 +111,8 @@ def body(data: bytes) -> Any:
         return data.decode("utf-8", "surrogateescape")
 
 
-def _short(data: bytes) -> str:
+def short(data: bytes) -> str:
+    """A body for people to read."""
     text = data.decode("utf-8", "backslashreplace").strip()
     return text if len(text) <= 600 else f"{text[:600]} … ({len(text)} characters)"
 
@@ -127,12 +128,13 @@ def read(path: Path | str) -> Iterator[Entry]:
     """
     number = 0
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007  # for the error
+        with Path(path).open("rb") as file:
+            for line in file:
+                number += 1
                 if line.strip():
-                    yield from_json(line)
+                    yield from_json(line.decode())
     except (OSError, ValueError) as error:
-        where = f"{path}, line {number + isinstance(error, UnicodeDecodeError)}" if number else path
+        where = f"{path}, line {number}" if number else path
         words = error.strerror if isinstance(error, OSError) else error
         raise DriverError(f"cannot read {where}: {words}") from error
 
@@ -140,7 +142,7 @@ def read(path: Path | str) -> Iterator[Entry]:
 def to_json(entry: Entry) -> str:
     """The line of a file, without its end."""
     if isinstance(entry, Mark):
-        return json.dumps({"mark": entry.text, "t": round(entry.time, 4)})
+        return json.dumps({"mark": entry.text} | ({"t": round(entry.time, 4)} if entry.time else {}))
     line: dict[str, Any] = {"t": round(entry.time, 4)}
     if entry.ms is not None:
         line["ms"] = round(entry.ms, 3)
@@ -163,7 +165,7 @@ def from_json(line: str) -> Entry:
         return Exchange(
             method=str(found["method"]),
             request=b"" if found.get("raw_empty") else _body_bytes(found, "request"),
-            status=int(found["status"] or 0),
+            status=0 if found["status"] is None else int(found["status"]),
             answer=_body_bytes(found, "response"),
             headers={str(name): str(value) for name, value in found.get("headers", {}).items()},
             time=float(found.get("t", 0)),
@@ -214,7 +216,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         before, after = (
-            repr(value) if isinstance(value, Missing) else _short(json.dumps(value, ensure_ascii=False).encode())
+            repr(value) if isinstance(value, Missing) else short(json.dumps(value, ensure_ascii=False).encode())
             for value in (self.before, self.after)
         )
         return f"{self.path or 'body'}: {before} → {after}"

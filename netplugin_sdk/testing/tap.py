@@ -62,8 +62,7 @@ class Tap:
     """
 
     def __init__(self, path: Path) -> None:
-        self._place = _place(path)
-        self._lock = _lock(self._place)
+        self._place = _held(path)
         self.mended = self._place.give_back()
         """Whether an earlier one was killed, and the plugin was cut off until now."""
         self._conversations: dict[int, _Conversation] = {}
@@ -76,15 +75,15 @@ class Tap:
         self._records, records = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", _FORWARDER, str(self._place.path), str(self._lock), str(records)],
+                [sys.executable, "-P", _FORWARDER, str(self._place.path), str(self._place.held), str(records)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(self._lock, records),
+                pass_fds=(self._place.held, records),
                 start_new_session=True,  # Ctrl-C is for us, who end it in order
             )
         except BaseException:
             os.close(self._records)
-            self._place.release(self._lock)
+            self._place.release()
             raise
         finally:
             os.close(records)
@@ -118,7 +117,7 @@ class Tap:
             time.sleep(0.005)
         if self._process.poll() is not None:
             self._place.give_back()
-        self._place.release(self._lock)
+        self._place.release()
 
     def __iter__(self) -> Iterator[Entry]:
         while True:
@@ -205,28 +204,22 @@ def mend(path: Path) -> bool:
 
     Raises `Conflict` if there is a `Tap` now.
     """
-    place = _place(path)
-    if not place.folder.exists():
-        return False
-    lock = _lock(place)
+    place = _held(path)
     try:
         return place.give_back()
     finally:
-        place.release(lock)
+        place.release()
 
 
-def _place(path: Path) -> forwarder.Place:
-    return forwarder.Place(Path(os.path.realpath(path)))
-
-
-def _lock(place: forwarder.Place) -> int:
+def _held(path: Path) -> forwarder.Place:
+    place = forwarder.Place(Path(os.path.realpath(path)))
     try:
-        lock = place.lock()
+        held = place.hold()
     except OSError as error:
         raise Unavailable(f"cannot make {place.folder}: {error.strerror}") from error
-    if lock is None:
+    if not held:
         raise Conflict(f"{place.path} is traced already")
-    return lock
+    return place
 
 
 # ----------------------------------------------------------------------------------------------------- one connection
