@@ -26,7 +26,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import httptools
@@ -44,6 +44,7 @@ _BACKLOG = 4096
 _NICE = -10  # calls wait for us
 _CHUNK = 64 * 1024
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
+_SO_PEERGROUPS = 59  # asm-generic/socket.h
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOK = 0.2  # seconds between the looks whether the path still leads to us
 _RETRY = 0.01  # seconds between two tries to reach a plugin that is not there
@@ -94,7 +95,7 @@ class Place:
     def hold(self) -> bool:
         """Make the folder and hold it; False if somebody else does."""
         while True:
-            self.folder.mkdir(0o700, exist_ok=True)
+            self.folder.mkdir(0o711, exist_ok=True)  # who connects to the plugin may be anybody, as before
             with suppress(FileNotFoundError):
                 fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
@@ -102,17 +103,15 @@ class Place:
                 except BlockingIOError:
                     os.close(fd)
                     return False
-                if self.held >= 0:
-                    os.close(self.held)
+                self.release()
                 self.held = fd
                 if self._is_there():
-                    return True
-                self.release()  # it was removed by who held it
+                    return True  # else it was removed by who held it
 
     def _is_there(self) -> bool:
         """Whether the folder that is held is still the one of this name."""
         try:
-            return os.path.samestat(os.fstat(self.held), self.folder.lstat())
+            return self.held >= 0 and os.path.samestat(os.fstat(self.held), self.folder.lstat())
         except FileNotFoundError:
             return False
 
@@ -147,6 +146,8 @@ class Place:
 
     def give_back(self) -> bool:
         """Let the path lead to the plugin's socket again, unless there is another one; return whether it led to us."""
+        if not self._is_there():
+            return False
         taken = self.taken
         if taken:
             _exchange(self.plugin, self.path)
@@ -161,11 +162,41 @@ class Place:
         if self._is_there():
             with suppress(OSError):
                 self.folder.rmdir()
-        os.close(self.held)
+        if self.held >= 0:
+            os.close(self.held)
         self.held = -1
 
 
 # -------------------------------------------------------------------------------------------------------- connections
+
+
+class _Identity:
+    """Who has connected: a context manager in which we are the same user, since plugins look at that (SO_PEERCRED)."""
+
+    def __init__(self, user: int, group: int, groups: list[int]) -> None:
+        self._user, self._group, self._groups = user, group, groups
+        self._own = os.getgroups()
+
+    @classmethod
+    def of(cls, client: socket.socket) -> _Identity | None:
+        """None if it is the user that we are."""
+        _, user, group = _CREDENTIALS.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user == os.geteuid():
+            return None
+        groups = b""
+        with suppress(OSError):  # over 256
+            groups = client.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+        return cls(user, group, list(struct.unpack(f"{len(groups) // 4}I", groups)))
+
+    def __enter__(self) -> None:
+        os.setgroups(self._groups)
+        os.setegid(self._group)
+        os.seteuid(self._user)
+
+    def __exit__(self, *_: object) -> None:
+        os.seteuid(os.getuid())
+        os.setegid(os.getgid())
+        os.setgroups(self._own)
 
 
 class _Counter:
@@ -211,6 +242,7 @@ class _Connection:
         self.number = number
         self.waits_until = time.monotonic() + _PATIENCE
         self._began = time.monotonic()
+        self._who = _Identity.of(client)
         self._forwarder = forwarder
         self._requests, self._answers = _Counter(), _Counter()
         self._parsers: tuple[httptools.HttpRequestParser, httptools.HttpResponseParser] | None = (
@@ -231,7 +263,7 @@ class _Connection:
 
     def dial(self) -> bool:
         """Connect to the plugin, and deliver what waits; False if it is not there now."""
-        made = self._forwarder.dial()
+        made = self._forwarder.dial(self._who)
         if made is None:
             return False
         self.plugin = _Side(made, self)
@@ -246,6 +278,8 @@ class _Connection:
 
     def handle(self, side: _Side, events: int) -> None:
         """Epoll says so of this side."""
+        if side.socket.fileno() < 0:  # another event has closed it
+            return
         if self.plugin is None:
             if events & _HUP:
                 self.close(b"engine")
@@ -253,7 +287,7 @@ class _Connection:
         other = self.plugin if side is self.engine else self.engine
         if events & _HUP:
             side.hung = True
-        if events & _OUT and side.unsent and not self._send(side, b""):
+        if events & (_OUT | _HUP) and side.unsent and not self._send(side, b""):
             other.shut(socket.SHUT_RD)
         if events & (_IN | _HUP):
             while not side.ended and not other.unsent and self._read(side, other) and side.hung:
@@ -406,9 +440,11 @@ class Forwarder:
                 return
             look = time.monotonic()
             while not self._ending or self.connections or self._leaving:
-                for fd, events in self._epoll.poll(self._patience()):
-                    if (handler := self._handlers.get(fd)) is not None:
-                        handler(events)
+                # All handlers first: one may close a socket, and the next get a new one of the same number.
+                for handler, events in [
+                    (self._handlers[fd], events) for fd, events in self._epoll.poll(self._patience())
+                ]:
+                    handler(events)
                 now = time.monotonic()
                 if self._stopped and not self._ending:
                     self._end()
@@ -487,8 +523,12 @@ class Forwarder:
         if self._listener is not None and not self._place.taken:
             self._give_way()
             self.tell(NOTE, 0, b"the plugin has made another socket")
-        if self._listener is None and self._take():
-            self._dial_again(time.monotonic())
+        try:
+            if self._listener is None and self._take():
+                self._dial_again(time.monotonic())
+        except OSError as error:
+            self.tell(NOTE, 0, f"the trace ends: {error.strerror}".encode())
+            self._stopped = True
 
     def _process_ended(self, _: int) -> None:
         self._forget_process()
@@ -502,7 +542,7 @@ class Forwarder:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def dial(self) -> socket.socket | None:
+    def dial(self, who: _Identity | None = None) -> socket.socket | None:
         """A new connection to the plugin; None if it is not there now. Then the path is free for the next."""
         try:
             made = socket.socket(socket.AF_UNIX)
@@ -510,10 +550,11 @@ class Forwarder:
             return None
         try:
             made.setblocking(False)
-            made.connect("plugin" if self._listener is not None else os.fsencode(self._place.path))
+            with who or nullcontext():
+                made.connect("plugin" if self._listener is not None else os.fsencode(self._place.path))
         except OSError as error:
             made.close()
-            if self._listener is not None and not isinstance(error, BlockingIOError):
+            if self._listener is not None and isinstance(error, ConnectionError | FileNotFoundError):
                 self._give_way()
                 self.tell(NOTE, 0, b"the plugin has ended")
             return None

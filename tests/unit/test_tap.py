@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
@@ -259,6 +258,36 @@ def test_a_path_as_long_as_it_may_be(tmp_path: Path) -> None:
         assert served.connect().echo(a="1") == {"a": "1"}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_the_plugin_sees_who_calls(tmp_path: Path) -> None:
+    """A stranger who may write to the socket by its mode is refused by the plugin, and is no friend through the tap."""
+    script = """if True:
+        import os, socket, sys
+        os.setgroups([]); os.setgid(12345); os.setuid(12345)
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(sys.argv[1])
+        client.sendall(sys.stdin.buffer.read())
+        print(client.recv(100))
+    """
+    tmp_path.chmod(0o755)
+    for parent in (tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    with serving_unix(tmp_path) as served:
+        served.path.chmod(0o666)
+
+        def is_refused() -> bool:
+            done = subprocess.run(
+                [sys.executable, "-c", script, str(served.path)], input=echo(a="1"), capture_output=True, check=False
+            )
+            return done.stdout == b"b''\n" or done.stderr.strip().endswith((b"reset by peer", b"Broken pipe"))
+
+        assert is_refused()
+        with watched(served.path) as tap:
+            assert is_refused()
+            assert served.connect().echo(a="1") == {"a": "1"}
+        assert [call.status for call in tap.calls if call.status] == [200]
+
+
 def test_only_one_at_a_time(raw: Raw) -> None:
     with watched(raw.path):
         with pytest.raises(Conflict, match=r"raw\.sock is traced already"):
@@ -500,20 +529,24 @@ def test_a_call_that_meets_the_end_of_the_plugin_waits_for_its_return(raw: Raw) 
                 assert exactly(plugin, len(echo(a="1"))) == echo(a="1")
 
 
-def test_a_kept_connection_that_the_plugin_ends_loses_no_call(tmp_path: Path) -> None:
-    """The plugin ends idle connections while calls come; the engine cannot see that before it sends one."""
-    from netplugin_sdk.server import Limits
-
-    with serving_unix(tmp_path, Limits(idle_time=0.02)) as served, watched(served.path) as tap:
-        plugin = RemotePlugin(Address("x", f"unix://{served.path}"), timeout=TIMEOUT, patience=Patience(total=0))
-        random = Random(1)
-        with plugin:
-            for number in range(60):
-                options = {"n": str(number)}
-                assert plugin.call(METHOD, {"NetworkID": NETWORK, "Options": options}) == {"Options": options}
-                time.sleep(0.02 + random.uniform(-0.0005, 0.0015))
-        wait_for(lambda: len(tap.calls) == 60, "all calls")
-        assert {call.status for call in tap.calls} == {200}
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_RDWR])
+def test_a_request_that_meets_the_end_of_an_idle_connection_is_not_lost(raw: Raw, how: int) -> None:
+    """The engine has sent it before it could see that end."""
+    with watched(raw.path) as tap, connect_unix(raw.path) as client, raw.accept() as plugin:
+        client.send(echo(a="1"))
+        exactly(plugin, len(echo(a="1")))
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+        plugin.sendall(answer)
+        exactly(client.socket, len(answer))
+        os.kill(tap.tap._process.pid, signal.SIGSTOP)
+        client.send(echo(a="2"))
+        plugin.shutdown(how)
+        os.kill(tap.tap._process.pid, signal.SIGCONT)
+        with raw.accept() as other:
+            assert exactly(other, len(echo(a="2"))) == echo(a="2")
+            other.sendall(answer)
+            assert exactly(client.socket, len(answer)) == answer
+            wait_for(lambda: [call.status for call in tap.calls] == [200, 200], "both calls")
 
 
 def test_a_listener_that_systemd_keeps(tmp_path: Path) -> None:
