@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import time
@@ -22,7 +21,6 @@ from netplugin_sdk.testing import recording
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark, differences
 from netplugin_sdk.testing.tap import Tap, mend
 
-_NICE = 10  # the forwarder, which has started, goes first: calls wait for it, and nobody for the view
 _REMEMBERED = 10_000  # requests, to know a repetition
 _SHORT = 12  # characters of an id, as docker shows it
 
@@ -61,7 +59,6 @@ def trace(*, plugin: Address, record: Path | None, verbose: bool, diff: bool, re
         file = None if record is None else closing.enter_context(_opened(record))
         tap = closing.enter_context(Tap(path))
         closing.enter_context(_ended_by_signals(tap))
-        os.nice(_NICE)
         if tap.mended:
             click.secho("An earlier trace was killed and had left the plugin cut off; it is not any more.", err=True)
         for entry in tap:

@@ -41,7 +41,6 @@ front of a plugin from now on, its pid; ``n`` a note, which is text; ``!`` why w
 REQUEST, ANSWER, CLOSED, IN_FRONT, NOTE, FAILED = b">", b"<", b"x", b"f", b"n", b"!"
 
 _BACKLOG = 4096
-_NICE = -10  # calls wait for us
 _CHUNK = 64 * 1024
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 _SO_PEERGROUPS = 59  # asm-generic/socket.h
@@ -680,8 +679,6 @@ def main() -> None:
     path, held, records = sys.argv[1:]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with suppress(PermissionError):
-        os.nice(_NICE)
     place = Place(Path(path), int(held))
     try:
         forwarder = Forwarder(place, int(records))
