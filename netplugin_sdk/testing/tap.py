@@ -37,6 +37,7 @@ from netplugin_sdk.testing.recording import Entry, Exchange, Mark
 _FORWARDER = str(Path(forwarder.__file__))
 _CHUNK = 1 << 20
 _KEPT = (0.3, 1.0)  # seconds after which kept connections are looked for: a new one has been used by then
+_AGAIN = 0.5  # and between the looks while some of them are in use
 _PIDFD_GETFD = 438  # the same on every architecture
 _ESTABLISHED = 1  # TCP_ESTABLISHED, as unix_diag has it
 _SHOW = 2 | 4 | 16  # linux/unix_diag.h: UDIAG_SHOW_VFS, _PEER, _RQLEN
@@ -189,7 +190,7 @@ class Tap:
         if self.stopping:
             return
         try:
-            count = _end_kept(self._place.plugin, self._process.pid)
+            count, left = _end_kept(self._place.plugin, self._process.pid)
         except Unavailable as error:
             self._looks = []
             self._entries.append(Mark(f"calls on kept connections go past the trace: {error}", time.time()))
@@ -197,6 +198,8 @@ class Tap:
             if count:
                 text = f"{count} kept connection{'s' * (count > 1)} ended, to be made anew through the trace"
                 self._entries.append(Mark(text, time.time()))
+            if left and not self._looks:
+                self._looks = [time.monotonic() + _AGAIN]
 
 
 def mend(path: Path) -> bool:
@@ -357,40 +360,38 @@ def _exchange(request: _Message, answer: _Message, ms: float | None, why: str = 
 # ------------------------------------------------------------------------------------------------- kept connections
 
 
-def _end_kept(path: Path, forwarder_pid: int) -> int:
-    """Let the plugin read the end of connections that do not come from the forwarder; return of how many.
+def _end_kept(path: Path, forwarder_pid: int) -> tuple[int, int]:
+    """Let the plugin read the end of connections that do not come from the forwarder.
 
     These are its accepted sockets, found by sock_diag(7) and ``/proc/PID/fd``. With a copy of each (pidfd_getfd(2)) it
     is told that nothing more comes (shutdown(2), SHUT_RD), which leaves it to answer. Where something is unread it is
     left alone: it is no idle connection.
 
-    Raises `Unavailable` if that cannot be done here.
+    Returns how many there were, and how many more were left alone. Raises `Unavailable` if that cannot be done here.
     """
     try:
         made = path.stat()
     except FileNotFoundError:  # it has just ended
-        return 0
-    kept = _accepted(made, _sockets_of(forwarder_pid))
-    if not kept:
-        return 0
+        return 0, 0
+    idle, used = _accepted(made, ours := _sockets_of(forwarder_pid))
     ended = set()
-    for inode, pid, fd in _holders(kept):
+    for inode, pid, fd in _holders(idle) if idle else ():
         if inode not in ended:
             with socket.socket(fileno=_copy_of(pid, fd)) as copy:
                 with suppress(OSError):  # it ends by itself
                     copy.shutdown(socket.SHUT_RD)
                 ended.add(inode)
-    if not ended:
-        raise Unavailable(f"the descriptors of the plugin cannot be seen ({len(kept)} connections): run it as root")
-    return len(ended)
+    if idle and not ended and idle & _accepted(made, ours)[0]:
+        raise Unavailable(f"the descriptors of the plugin cannot be seen ({len(idle)} connections): run it as root")
+    return len(ended), len(used)
 
 
-def _accepted(made: os.stat_result, not_from: set[int]) -> set[int]:
-    """The inodes of sockets that were accepted by who listens at a socket file."""
+def _accepted(made: os.stat_result, not_from: set[int]) -> tuple[set[int], set[int]]:
+    """The inodes of sockets that were accepted by who listens at a socket file: with nothing unread, and the others."""
     from pyroute2 import DiagSocket  # noqa: PLC0415  # 60 ms
 
     device = os.major(made.st_dev) << 20 | os.minor(made.st_dev)  # as the kernel has it
-    found = set()
+    idle, used = set[int](), set[int]()
     try:
         with DiagSocket() as diag:
             diag.bind()
@@ -400,13 +401,13 @@ def _accepted(made: os.stat_result, not_from: set[int]) -> set[int]:
                     file is not None
                     and (file["udiag_vfs_ino"], file["udiag_vfs_dev"]) == (made.st_ino & 0xFFFFFFFF, device)
                     and each.get_attr("UNIX_DIAG_PEER") not in not_from
-                    and not (queue and queue["udiag_rqueue"])
-                    and not each.get_attr("UNIX_DIAG_SHUTDOWN")  # else it has been told
+                    and not each.get_attr("UNIX_DIAG_SHUTDOWN")  # else it has been told, or ends by itself
                 ):
-                    found.add(int(each["udiag_ino"]))
+                    inode = int(each["udiag_ino"])  # 0 of one that is not accepted yet
+                    (idle if inode and not (queue and queue["udiag_rqueue"]) else used).add(inode)
     except Exception as error:
         raise Unavailable(f"the kernel does not list unix sockets (unix_diag): {error}") from error
-    return found
+    return idle, used
 
 
 def _sockets_of(pid: int) -> set[int]:
