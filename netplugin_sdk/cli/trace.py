@@ -9,8 +9,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import click
@@ -22,6 +23,7 @@ from netplugin_sdk.testing.recording import Entry, Exchange, Mark, differences
 from netplugin_sdk.testing.tap import Tap, mend
 
 _REMEMBERED = 10_000  # requests, to know a repetition
+_NAMES = ("NetworkID", "EndpointID")  # they are in the line
 _SHORT = 12  # characters of an id, as docker shows it
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show the JSON of requests and answers.")
@@ -115,18 +117,18 @@ def _socket(plugin: Address) -> Path:
     return Path(unquote(where.path))
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path) -> FileIO:
     try:
-        return path.open("w", encoding="utf-8", buffering=1)
+        return path.open("wb", buffering=0)
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
 
 
-def _write(file: TextIO, entry: Entry) -> None:
+def _write(file: FileIO, entry: Entry) -> None:
     try:
-        file.write(recording.to_json(entry) + "\n")
+        file.write(f"{recording.to_json(entry)}\n".encode())
     except OSError as error:
-        raise click.ClickException(f"cannot write {file.name}: {error.strerror}") from error
+        raise click.ClickException(f"cannot write {file.name!s}: {error.strerror}") from error
 
 
 @contextmanager
@@ -181,7 +183,7 @@ class _View:
         self._verbose, self._diff = verbose, diff
         self._last: dict[str, Any] = {}
         self._seen: dict[tuple[str, bytes], None] = {}
-        self._times: dict[str, list[float]] = defaultdict(list)
+        self._times: dict[str, list[float | None]] = defaultdict(list)
         self._errors: dict[str, int] = defaultdict(int)
 
     def show(self, entry: Entry, answers_differ: list[recording.Difference] | None = None) -> None:
@@ -191,7 +193,7 @@ class _View:
             return
         request = recording.body(entry.request)
         repeated = self._is_repeated(entry)
-        self._times[entry.method].append(entry.ms or 0.0)
+        self._times[entry.method].append(entry.ms)
         self._errors[entry.method] += bool(entry.error)
         what = f"{entry.status} {entry.error}".strip() if entry.status else f"no answer: {entry.error}"
         took = "" if entry.ms is None else f"{entry.ms:.2f} ms"
@@ -205,7 +207,7 @@ class _View:
             _detail("→", request)
             _detail("←", recording.body(entry.answer))
         if self._diff and not repeated:
-            for difference in differences(self._last.get(entry.method, request), request):
+            for difference in differences(self._last.get(entry.method, request), request, ignore=_NAMES):
                 click.secho(f"    ~ {difference}", fg="yellow")
         for difference in answers_differ or ():
             click.secho(f"    ≠ {difference}", fg="red")
@@ -218,8 +220,10 @@ class _View:
             return
         click.echo(f"\n{'':<41}  {'calls':>6}  {'errors':>6}  {'p50 ms':>9}  {'max ms':>9}")
         for method, times in sorted(self._times.items()):
+            known = [ms for ms in times if ms is not None]
+            cells = [f"{value:>9.2f}" for value in (statistics.median(known), max(known))] if known else []
             errors = click.style(f"{self._errors[method]:>6}", fg="red" if self._errors[method] else None)
-            click.echo(f"{method:<41}  {len(times):>6}  {errors}  {statistics.median(times):>9.2f}  {max(times):>9.2f}")
+            click.echo("  ".join((f"{method:<41}", f"{len(times):>6}", errors, *cells)))
 
     def _is_repeated(self, entry: Exchange) -> bool:
         if not entry.request:

@@ -382,7 +382,7 @@ def _end_kept(path: Path, forwarder_pid: int) -> tuple[int, int]:
                     copy.shutdown(socket.SHUT_RD)
                 ended.add(inode)
     if idle and not ended and idle & _accepted(made, ours)[0]:
-        raise Unavailable(f"the descriptors of the plugin cannot be seen ({len(idle)} connections): run it as root")
+        raise Unavailable("the plugin's descriptors cannot be seen (that takes root with CAP_SYS_PTRACE)")
     return len(ended), len(used)
 
 

@@ -118,6 +118,7 @@ def test_no_calls(tmp_path: Path) -> None:
         (["trace", "{dead}"], 1, "nobody listens at {dead}"),
         (["trace", "{folder}/nothing"], 2, "there is no socket {folder}/nothing"),
         (["trace", "{served}", "--record", "/nowhere/x"], 1, "cannot write /nowhere/x: No such file or directory"),
+        (["trace", "{served}", "--record", "/dev/full"], 1, "cannot write /dev/full: No space left on device"),
         (["trace", "--restore", "{served}"], 0, "{served} leads to its plugin already"),
         (["replay", "{folder}/wrong"], 1, "cannot read {folder}/wrong, line 1: not a JSON object"),
         (["replay", "{folder}/nothing"], 2, "does not exist"),
