@@ -32,11 +32,12 @@ import httptools
 
 from netplugin_sdk.errors import Conflict, Unavailable
 from netplugin_sdk.testing import forwarder
-from netplugin_sdk.testing.recording import Entry, Exchange, Mark
+from netplugin_sdk.testing.recording import Entry, Exchange, Mark, short
 
 _FORWARDER = str(Path(forwarder.__file__))
 _CHUNK = 1 << 20
 _KEPT = (0.3, 1.0)  # seconds after which kept connections are looked for: a new one has been used by then
+_SLOW = 5.0  # seconds without an answer that are worth a mark
 _AGAIN = 0.5  # and between the looks while some of them are in use
 _PIDFD_GETFD = 438  # the same on every architecture
 _ESTABLISHED = 1  # TCP_ESTABLISHED, as unix_diag has it
@@ -126,9 +127,13 @@ class Tap:
                 yield self._entries.popleft()
             if self._records < 0:
                 return
-            if self._looks and self._looks[0] <= time.monotonic():
+            now = time.monotonic()
+            if self._looks and self._looks[0] <= now:
                 self._look_for_kept()
-            elif not self._receive(self._looks[0] if self._looks else None):
+            self._tell_slow()
+            if self._entries:
+                continue
+            if not self._receive(min([*self._looks, *([now + _SLOW / 4] if self.pending else [])], default=None)):
                 for conversation in self._conversations.values():
                     self._entries += conversation.end("the trace ended")
                 self.close()
@@ -185,6 +190,13 @@ class Tap:
             conversation = self._conversations.setdefault(number, _Conversation())
             self._entries += conversation.feed(data, seconds, is_request=kind == forwarder.REQUEST)
 
+    def _tell_slow(self) -> None:
+        latest = (self._unix + time.monotonic_ns()) / 1e9 - _SLOW
+        for conversation in self._conversations.values():
+            if (request := conversation.slow(latest)) is not None:
+                text = f"{request.method} has no answer for {_SLOW:g} s: {short(bytes(request.body))}"
+                self._entries.append(Mark(text, latest + _SLOW))
+
     def _look_for_kept(self) -> None:
         self._looks.pop(0)
         if self.stopping:
@@ -238,6 +250,8 @@ class _Message:
     body: bytearray = field(default_factory=bytearray)
     status: int = 0
     time: float = 0.0
+    slow: bool = False
+    """It was told that this takes long."""
 
     @property
     def method(self) -> str:
@@ -301,6 +315,13 @@ class _Conversation:
     def pending(self) -> int:
         """How many requests are not answered."""
         return len(self._requests.complete) + (self._requests.current is not None)
+
+    def slow(self, latest: float) -> _Message | None:
+        """The request that waits for an answer and came before that; once."""
+        if not self._requests.complete or (request := self._requests.complete[0]).slow or request.time > latest:
+            return None
+        request.slow = True
+        return request
 
     def feed(self, data: bytes, seconds: float, *, is_request: bool) -> list[Entry]:
         """What is over with these bytes."""

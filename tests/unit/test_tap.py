@@ -20,6 +20,7 @@ import pytest
 
 from netplugin_sdk import Conflict, DriverError, Unavailable
 from netplugin_sdk.cnm.remote import Address, Patience, RemotePlugin
+from netplugin_sdk.testing import tap as tap_module
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark
 from netplugin_sdk.testing.tap import Tap, mend
 
@@ -194,6 +195,16 @@ def test_a_closed_connection_is_closed(raw: Raw, by_plugin: bool) -> None:
         wait_for(lambda: tap.calls, "the call")
         (call,) = tap.calls
         assert (call.status, call.error) == (0, f"the {'plugin' if by_plugin else 'engine'} closed the connection")
+
+
+def test_a_call_that_takes_long_is_told_while_it_does(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap_module, "_SLOW", 0.2)
+    with watched(raw.path) as tap, connect_unix(raw.path) as client, raw.accept() as plugin:
+        client.send(echo(a="1"))
+        tap.wait_for(f"{METHOD} has no answer for 0.2 s")
+        plugin.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        wait_for(lambda: tap.calls, "the call")
+        assert sum("no answer" in mark for mark in tap.marks) == 1
 
 
 def test_half_closed_is_half_closed(raw: Raw) -> None:
