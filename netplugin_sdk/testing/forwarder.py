@@ -568,6 +568,7 @@ class Forwarder:
     def _end(self) -> None:
         self._ending = True
         self._give_way()
+        self._place.release()  # another one can begin while calls are under way here
         for connection in list(self.connections):
             connection.leave()
 

@@ -153,6 +153,8 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
             assert popen.poll() is None
             popen.send_signal(signal.SIGINT)
             assert popen.wait(TIMEOUT) == 1
+            with tracing(served):  # another one, meanwhile
+                pass
             gate.open()
             assert busy.receive().options == {"gate": "gate"}
             client.close()
