@@ -93,6 +93,7 @@ class Reconciler(Generic[OptionsT]):
         """Before the first call."""
         self._reconcile()
         losses.hear(self._hear)
+        self._lifecycle.peers.outdated = self.request
         self._lifecycle.created = partial(self._compare_with_docker, _TOLD)
         if self._driver.overrides("container_attached"):
             self._lifecycle.joined = self._find_container
