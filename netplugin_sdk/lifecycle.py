@@ -44,8 +44,8 @@ class NetworkLifecycle(Generic[OptionsT]):
     def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT]) -> None:
         self.driver = driver
         self.store = store
-        self.created: Callable[[], None] = lambda: None
-        """Told of each new network."""
+        self.created: Callable[[Network[OptionsT]], None] = lambda _network: None
+        """Told of each new network, and of a swarm's that is asked for again."""
         self.joined: Callable[[Network[OptionsT], Endpoint], None] = lambda _network, _endpoint: None
         """Told of each new join."""
         self._locks = Locks()
@@ -165,6 +165,8 @@ class NetworkLifecycle(Generic[OptionsT]):
             if network is not None:
                 _refuse_other_content(network, network.row.request, body)
                 if network.row.intent is None:
+                    if is_swarms:
+                        self._is_asked_for_again(network)
                     return _DONE
             else:
                 network = self.store.new_network(request, body)
@@ -178,8 +180,15 @@ class NetworkLifecycle(Generic[OptionsT]):
             except Exception:
                 self._undo(network, "CreateNetwork", lambda: self.drop_network(network))
                 raise
-            self.created()
+            self.created(network)
             return _DONE
+
+    def _is_asked_for_again(self, network: Network[OptionsT]) -> None:
+        """An engine that was killed has forgotten its endpoints; of one whose answer was lost there are none yet."""
+        for endpoint in tuple(network.endpoints.values()):
+            _log.warning("CreateNetwork: %r still has %r, deleting it", network, endpoint)
+            self.attempt("delete", endpoint, partial(self.drop_endpoint, network, endpoint))
+        self.created(network)
 
     def _delete_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
