@@ -482,7 +482,7 @@ class Store(Generic[OptionsT]):
         """Write down that it is allocated nothing. Raises `Unavailable` if it cannot be written."""
         with self._lock:
             self._database.write("DELETE FROM allocations WHERE network_id = ?", (network_id,), synced=True)
-            del self.allocations[network_id]
+            self.allocations.pop(network_id, None)
 
     def save_node(self, address: str, request: bytes) -> None:
         """Write down that there is a node. Raises `Unavailable` if it cannot be written."""

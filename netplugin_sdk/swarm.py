@@ -58,7 +58,7 @@ class Allocations(Generic[OptionsT]):
     def doubt(self) -> None:
         """Another manager may have led since (``GetCapabilities``, which comes as a manager begins to lead)."""
         with self._guard:
-            for network_id in self._store.allocations:
+            for network_id in tuple(self._store.allocations):
                 self._hold(network_id)
 
     def allocate(self, request: messages.AllocateNetwork, body: bytes) -> bytes:
@@ -68,13 +68,14 @@ class Allocations(Generic[OptionsT]):
             calls.refuse_if_late()  # it has waited
             known = self._store.allocations.get(network_id)
             try:
-                # The answer replaces the network's options: what is not in it, the nodes do not get.
-                options = {**request.options, **self._take(network_id, request.options)}
+                numbers = self._take(network_id, request.options)
                 if known is not None and messages.same(known.request, body):
                     return known.answer
+                options = {**request.options, **numbers}
                 try:
                     given = self._driver.allocate_network(msgspec.structs.replace(request, options=options))
-                    answer = messages.encode({"Options": {**options, **given}})
+                    # The answer replaces the network's options: what is not in it, the nodes do not get.
+                    answer = messages.encode({"Options": {**options, **given, **numbers}})
                     calls.settle()
                     self._store.save_allocation(network_id, body, answer)
                 except Exception:
@@ -111,9 +112,11 @@ class Allocations(Generic[OptionsT]):
             return _DONE
 
     def _publish(self) -> None:
-        self._driver.allocations = MappingProxyType(
-            {network_id: MappingProxyType(_options(row.answer)) for network_id, row in self._store.allocations.items()}
-        )
+        with self._guard:
+            rows = tuple(self._store.allocations.values())
+            self._driver.allocations = MappingProxyType(
+                {row.network_id: MappingProxyType(_options(row.answer)) for row in rows}
+            )
 
     # ---------------------------------------------------------------------------------------------------- numbers
 
@@ -123,7 +126,9 @@ class Allocations(Generic[OptionsT]):
             taken = {}
             for name, pool in self._pools.items():
                 if name in options:
-                    number = _number(name, options[name])
+                    number = _read(options[name])
+                    if number is None:
+                        raise InvalidRequest(f"{name} must be a whole number, got {options[name][:80]!r}")
                     if pool.of(network_id) != number:
                         _release(pool, network_id)
                     try:
@@ -140,17 +145,19 @@ class Allocations(Generic[OptionsT]):
     def _dispossess(self, name: str, number: int, *, but: str) -> None:
         """Forget networks that had this number, and that the leader has not asked for again."""
         text = str(number)
-        for network_id, row in tuple(self._store.allocations.items()):
-            if network_id != but and _options(row.answer).get(name) == text:
-                _log.warning("%s %s: network %s has it now, instead of %s", name, text, but[:12], network_id[:12])
-                self._store.forget_allocation(network_id)
-                self._release(network_id)
+        for row in tuple(self._store.allocations.values()):
+            if row.network_id != but and _options(row.answer).get(name) == text:
+                _log.warning("%s %s: network %s has it now, instead of %s", name, text, but[:12], row.network_id[:12])
+                self._store.forget_allocation(row.network_id)
+                self._release(row.network_id)
 
     def _hold(self, network_id: str) -> None:
         options = _options(self._store.allocations[network_id].answer)
         for name, pool in self._pools.items():
-            number = int(options.get(name, pool.first - 1))
-            if pool.first <= number <= pool.last:  # an older version of the driver may have had others
+            number = _read(options.get(name, ""))
+            if number is None or not pool.first <= number <= pool.last:
+                continue  # an older version of the driver gave it
+            if pool.of(network_id) in (None, number):  # else it is being allocated another one
                 pool.hold(number, _NEVER, network_id)
 
     def _release(self, network_id: str) -> None:
@@ -164,10 +171,8 @@ def _release(pool: NumberPool, owner: str) -> None:
         pool.release(number)
 
 
-def _number(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise InvalidRequest(f"{name} must be a whole number, got {text[:80]!r}")
-    return int(text)
+def _read(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 class _Answer(msgspec.Struct):
@@ -231,8 +236,8 @@ class Peers(Generic[OptionsT]):
             self._agent_starts()
         elif before is not None:
             return  # the gossip's address of this node, which need not be that of its data (--data-path-addr)
-        if node.address in self._driver.peers:
-            self._leave(node)
+        if (other := self._driver.peers.get(node.address)) is not None:
+            self._leave(other)
         if node != before:
             self._store.save_node(str(node.address), body)
             if before is not None and before.address != node.address:
@@ -273,6 +278,8 @@ class Peers(Generic[OptionsT]):
             self._tell(node, self._driver.peer_left)
 
     def _tell(self, node: Node, event: Callable[[Network[OptionsT], Node], None]) -> None:
+        if not self._driver.overrides(event.__name__):
+            return
         done = True
         for network in tuple(self._store.networks.values()):
             try:

@@ -63,9 +63,8 @@ def libraries(programs: Iterable[Path]) -> set[Path]:
 def copy(path: Path, root: Path) -> None:
     target = root / path.relative_to("/")
     if path.is_dir():
-        ignored = shutil.ignore_patterns(
-            "test", "tests", "idlelib", "ensurepip", "mypy*", "ruff*", "site-packages", "*.a"
-        )
+        unused = ("test", "lib2to3", "pydoc_data", "idlelib", "ensurepip", "tkinter", "config-*", "site-packages")
+        ignored = shutil.ignore_patterns(*unused)
         shutil.copytree(path, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)

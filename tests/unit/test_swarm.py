@@ -107,7 +107,8 @@ def test_networks_that_are_allocated_at_a_time_get_different_numbers(manager: Ma
     class Many(Overlay):
         cluster_numbers = {"vni": range(20), "port": range(4000, 4020)}  # noqa: RUF012
 
-    docker = manager(Many())
+    driver = Many()
+    docker = manager(driver)
     answers: list[Any] = []
     threads = [
         threading.Thread(target=lambda n=n: answers.append(docker("AllocateNetwork", allocate(f"network{n:05}"))))
@@ -115,8 +116,9 @@ def test_networks_that_are_allocated_at_a_time_get_different_numbers(manager: Ma
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
+    while any(thread.is_alive() for thread in threads):
+        docker("GetCapabilities")
+    assert len(driver.allocations) == 20
     assert {vni(answer) for answer in answers} == {str(n) for n in range(20)}
     assert {answer["Options"]["port"] for answer in answers} == {str(n) for n in range(4000, 4020)}
 
@@ -153,9 +155,37 @@ def test_a_number_can_be_asked_for(manager: Manager) -> None:
         400,
         "vni cannot be had: 99 is not from 100 to 103",
     )
-    assert docker.refused("AllocateNetwork", allocate(TWO, vni="-1")) == (400, "vni must be a whole number, got '-1'")
+    for text in ("-1", "", "1.5", "\u0661", "9" * 5000):
+        refused = docker.refused("AllocateNetwork", allocate(TWO, vni=text))
+        assert refused == (400, f"vni must be a whole number, got {text[:80]!r}")
     assert driver.allocations.keys() == {ONE}
     assert {vni(docker("AllocateNetwork", allocate(f"network{n:05}"))) for n in range(3)} == {"100", "101", "103"}
+
+
+def test_a_driver_does_not_change_a_number(manager: Manager) -> None:
+    class Wrong(Overlay):
+        def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:
+            return {"vni": "none", "port": "1"}
+
+    answer = manager(Wrong())("AllocateNetwork", allocate())
+    assert answer["Options"] == {"vni": vni(answer), "port": "1"}
+    assert int(vni(answer)) in range(100, 104)
+
+
+def test_what_an_older_version_of_the_driver_allocated_is_kept(manager: Manager) -> None:
+    class Older(Overlay):
+        cluster_numbers = {"other": range(200)}  # noqa: RUF012
+
+        def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:
+            return {"vni": "none" if request.network_id == ONE else "7"}
+
+    docker = manager(Older())
+    docker("AllocateNetwork", allocate(ONE))
+    docker("AllocateNetwork", allocate(TWO))
+    driver = Overlay()
+    docker = manager(driver)
+    assert {network: options["vni"] for network, options in driver.allocations.items()} == {ONE: "none", TWO: "7"}
+    assert int(vni(docker("AllocateNetwork", allocate(THREE)))) in range(100, 104)
 
 
 def test_an_allocation_that_fails_leaves_nothing(manager: Manager) -> None:

@@ -25,7 +25,7 @@ class Options(DriverOptions):
 
 class Recorded(Recorder):
     scope = Scope.GLOBAL
-    options_type = Options  # type: ignore[assignment]
+    options_type = Options
     cluster_numbers = {"vni": range(4096, 1 << 24)}  # noqa: RUF012
 
 
