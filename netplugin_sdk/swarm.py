@@ -87,6 +87,7 @@ class Allocations(Generic[OptionsT]):
                     self._release(network_id)
                     if known is not None:
                         self._hold(network_id)
+                        self._confirm(network_id)
                 raise
             self._publish()
             return answer
@@ -159,6 +160,11 @@ class Allocations(Generic[OptionsT]):
                 continue  # an older version of the driver gave it
             if pool.of(network_id) in (None, number):  # else it is being allocated another one
                 pool.hold(number, _NEVER, network_id)
+
+    def _confirm(self, network_id: str) -> None:
+        for pool in self._pools.values():
+            if (number := pool.of(network_id)) is not None:
+                pool.take(number, network_id)
 
     def _release(self, network_id: str) -> None:
         for pool in self._pools.values():

@@ -287,6 +287,32 @@ def test_a_swarms_network_that_is_asked_for_again_stays(
     assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT}, 1.0)
 
 
+def test_a_network_that_is_asked_for_while_its_removal_waits_stays(engine: Listed, serve: Serve) -> None:
+    driver = Swarm()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        entered.set()
+        go_on.wait(5)
+
+    driver.hooks = {"delete_endpoint": wait}
+    asking = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
+    asking.start()
+    assert entered.wait(5)
+    engine.networks = {}
+    docker.plugin.reconcile()
+    time.sleep(0.8)  # looked twice, and wants to remove it
+    engine.networks = {NETWORK: {}}
+    go_on.set()
+    asking.join()
+    assert stays(lambda: NETWORK in driver.networks)
+
+
 def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve: Serve) -> None:
     """`docker rm -f` succeeds while the plugin is down, and nobody tells it."""
     driver = Publisher()

@@ -103,6 +103,14 @@ def test_a_repeated_request_is_answered_from_memory(manager: Manager) -> None:
     assert again.calls == []
 
 
+def test_what_others_have_is_known_before_the_first_call(tmp_path: Path) -> None:
+    numbers: list[str] = []
+    for number in range(4):
+        with Plugin(Overlay(), state=tmp_path) as plugin:
+            numbers.append(vni(Docker(plugin)("AllocateNetwork", allocate(f"network{number:05}"))))
+    assert sorted(numbers) == ["100", "101", "102", "103"]
+
+
 def test_networks_that_are_allocated_at_a_time_get_different_numbers(manager: Manager) -> None:
     class Many(Overlay):
         cluster_numbers = {"vni": range(20), "port": range(4000, 4020)}  # noqa: RUF012
@@ -205,9 +213,11 @@ def test_a_network_in_use_keeps_what_it_has_if_it_cannot_be_allocated_again(mana
     answer = docker("AllocateNetwork", allocate(vni="101"))
     driver.since()
     driver.fails = {"allocate_network": Unavailable("not today")}
+    docker("GetCapabilities")
     docker.refused("AllocateNetwork", allocate(**answer["Options"]))
     assert driver.calls == ["allocate_network"]
     assert driver.allocations == {ONE: answer["Options"]}
+    assert docker.refused("AllocateNetwork", allocate(TWO, vni="101"))[1] == "vni cannot be had: 101 is in use"
     driver.fails = {}
     assert docker("AllocateNetwork", allocate(**answer["Options"])) == answer
     assert docker.refused("AllocateNetwork", allocate(TWO, vni="101"))[0] == 409
@@ -270,13 +280,15 @@ def test_the_next_leader_keeps_what_the_last_one_allocated(manager: Manager) -> 
     assert b.refused("AllocateNetwork", allocate(TWO, vni=other))[0] == 409
 
 
-def test_the_swarm_is_right_where_a_manager_remembers_something_else(manager: Manager) -> None:
+@pytest.mark.parametrize("leads_again", [False, True])
+def test_the_swarm_is_right_where_a_manager_remembers_something_else(manager: Manager, leads_again: bool) -> None:
     """It was killed before its answer was kept, and another manager allocated the network then."""
     driver = Overlay()
     docker = manager(driver)
     before = vni(docker("AllocateNetwork", allocate()))
     now = next(str(n) for n in range(100, 104) if str(n) != before)
-    docker("GetCapabilities")
+    if leads_again:
+        docker("GetCapabilities")
     assert docker("AllocateNetwork", allocate(vni=now))["Options"]["vni"] == now
     assert driver.allocations[ONE]["vni"] == now
     assert vni(docker("AllocateNetwork", allocate(TWO, vni=before))) == before
@@ -435,8 +447,8 @@ def test_nodes_are_known_after_a_restart_before_networks_are_made_again(manager:
     assert again.seen == [["10.0.0.2", "10.0.0.4"]]
     assert again.calls == ["create_network"]
     assert again.this_node == driver.this_node
-    # A plugin that is enabled again is told of this node only.
-    docker("DiscoverNew", node("10.0.0.1", this=True))
+    for _ in range(2):  # a plugin that is enabled again is told of this node only; the second is a repetition
+        docker("DiscoverNew", node("10.0.0.1", this=True))
     assert peers(again) == ["10.0.0.2", "10.0.0.4"]
     docker("DiscoverDelete", node("10.0.0.4"))
     assert again.since() == ["create_network", f"peer_left {NETWORK[:4]} 10.0.0.4"]
