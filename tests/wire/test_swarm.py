@@ -14,7 +14,7 @@ import pytest
 from netplugin_sdk import DriverOptions, Plugin, Scope
 from tests.unit.lab import Docker, Recorder
 
-RECORDING = Path(__file__).parent / "recordings" / "engine-26.1-swarm.jsonl"
+RECORDING = Path(__file__).parent / "swarm" / "engine-26.1.jsonl"
 RESTARTS = ("plugin disable -f, enable", "engine started again", "engine killed and started")
 
 
