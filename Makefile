@@ -56,6 +56,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/cnm.py
+	$(BIN)/python benchmarks/tracing.py
 
 bench-engine: .venv/.dev
 	$(BIN)/python benchmarks/engine.py --engine $(ENGINE) --json build/engine-$(ENGINE).json --svg docs/engine-benchmark.svg

@@ -248,43 +248,44 @@ def call_all(path: str, callers: int, calls: list[bytes]) -> tuple[list[float], 
     return [seconds for caller in everyone for seconds in caller.times], elapsed
 
 
-def measure(server: str, callers: int, calls: int) -> tuple[float, float, float]:
-    """p50 and p99 in µs and calls a second."""
+def joins(path: str, calls: int) -> list[bytes]:
+    """So many requests, each for an endpoint that is created here."""
     networks = [f"{caller:02x}{NETWORK[2:]}" for caller in range(8)]
     endpoints = [(networks[i % 8], f"{i * 2654435761 % 2**32:08x}{i:056x}") for i in range(calls)]
+    pool = {"AddressSpace": "LocalDefault", "Gateway": "172.18.0.1/16", "Pool": "172.18.0.0/16"}
+    call_all(
+        path,
+        1,
+        [
+            request("CreateNetwork", {"NetworkID": network, "Options": {}, "IPv4Data": [pool], "IPv6Data": []})
+            for network in networks
+        ],
+    )
+    interface = {"Address": "172.18.0.2/16", "AddressIPv6": "", "MacAddress": ""}
+    call_all(
+        path,
+        1,
+        [
+            request(
+                "CreateEndpoint",
+                {"NetworkID": network, "EndpointID": endpoint, "Interface": interface, "Options": OPTIONS},
+            )
+            for network, endpoint in endpoints
+        ],
+    )
+    return [
+        request(
+            "Join",
+            {"NetworkID": network, "EndpointID": endpoint, "SandboxKey": "/run/x", "Options": OPTIONS},
+        )
+        for network, endpoint in endpoints
+    ]
+
+
+def measure(server: str, callers: int, calls: int) -> tuple[float, float, float]:
+    """p50 and p99 in µs and calls a second."""
     with running(server) as path:
-        pool = {"AddressSpace": "LocalDefault", "Gateway": "172.18.0.1/16", "Pool": "172.18.0.0/16"}
-        call_all(
-            path,
-            1,
-            [
-                request("CreateNetwork", {"NetworkID": network, "Options": {}, "IPv4Data": [pool], "IPv6Data": []})
-                for network in networks
-            ],
-        )
-        interface = {"Address": "172.18.0.2/16", "AddressIPv6": "", "MacAddress": ""}
-        call_all(
-            path,
-            1,
-            [
-                request(
-                    "CreateEndpoint",
-                    {"NetworkID": network, "EndpointID": endpoint, "Interface": interface, "Options": OPTIONS},
-                )
-                for network, endpoint in endpoints
-            ],
-        )
-        times, elapsed = call_all(
-            path,
-            callers,
-            [
-                request(
-                    "Join",
-                    {"NetworkID": network, "EndpointID": endpoint, "SandboxKey": "/run/x", "Options": OPTIONS},
-                )
-                for network, endpoint in endpoints
-            ],
-        )
+        times, elapsed = call_all(path, callers, joins(path, calls))
     times.sort()
     return times[len(times) // 2] * 1e6, times[len(times) * 99 // 100] * 1e6, calls / elapsed
 

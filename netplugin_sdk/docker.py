@@ -125,6 +125,16 @@ class Docker:
             for container, endpoint in (found or {}).items()
         }
 
+    def runs(self, network_id: str) -> bool:
+        """Whether the engine has this network of a swarm itself. A manager lists those of all nodes, without peers."""
+        try:
+            network = self.call("GET", f"/networks/{quote(network_id, safe='')}")
+        except DockerError as error:
+            if error.http_status == 404:
+                return False
+            raise
+        return bool(network["Containers"] or network.get("Peers"))
+
     def pools(self) -> list[UsedPool]:
         """The pools of its networks, but not of those that the engine gives addresses to itself, nor of a swarm's."""
         found = []

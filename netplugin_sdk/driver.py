@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol
 
-from netplugin_sdk.addresses import IPInterface
+from netplugin_sdk.addresses import IPAddress, IPInterface
 from netplugin_sdk.docker import Container, UsedPool
 from netplugin_sdk.messages import (
     AddressRef,
@@ -61,6 +61,32 @@ class NetworkDriver(ABC, Generic[OptionsT]):
 
     networks: Mapping[str, Network[OptionsT]] = MappingProxyType({})
     """All networks of the plugin by id, from before `create_network` until after `delete_network`."""
+
+    cluster_numbers: ClassVar[Mapping[str, range]] = MappingProxyType({})
+    """Numbers of which each network has one of its own in the whole swarm, for drivers of global scope.
+
+    ``{"vni": range(4096, 1 << 24)}`` gives each a VNI: the SDK answers ``AllocateNetwork`` with it on the managers, and
+    it is the option ``vni`` of the network on every node. ``-o vni=5000`` asks for a certain one.
+    """
+
+    allocations: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    """What this manager was asked to allocate, until it was asked to free it: options by the network's id.
+
+    It remembers over restarts. A network that another manager freed stays in it.
+    """
+
+    this_node: Node | None = None
+    """This host as a node of the swarm; None until the engine has told.
+
+    `Node.address` is that of its data path. If it changes, `create_network` runs again for each network.
+    """
+
+    peers: Mapping[IPAddress, Node] = MappingProxyType({})
+    """The other nodes of the swarm by address, as the engine has told, in this life of the plugin or before.
+
+    Known from before `create_network`, for drivers of global scope and those that override `peer_joined`. A mapping
+    that was read does not change: there is another one after each event.
+    """
 
     def __init_subclass__(cls) -> None:
         """Find the class of options in the bases."""
@@ -180,25 +206,35 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         raise NotImplementedError
 
     def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:  # noqa: ARG002
-        """Allocate what the network needs in the whole swarm (``AllocateNetwork``; on managers, `scope` global).
+        """Allocate more than `cluster_numbers` for a network (``AllocateNetwork``; on managers, `scope` global).
 
-        The SDK remembers nothing of it: a repeated request runs again and wants the same answer.
+        `AllocateNetwork.options` has ``-o``, the `cluster_numbers`, and, when another manager begins to lead, what was
+        allocated before: it is to be kept. A repeated request is answered from memory. The network does not exist here
+        yet, and need not ever.
 
         Returns:
-            Options that the nodes get with ``CreateNetwork``.
+            Options that the nodes get with ``CreateNetwork``, beside those of the request.
         """
         return {}
 
     def free_network(self, network_id: str) -> None:
-        """Free what `allocate_network` gave (``FreeNetwork``)."""
+        """Free what `allocate_network` gave (``FreeNetwork``); also undoes one that failed.
 
-    def discover_new(self, node: Node) -> None:
-        """A node joined the swarm (``DiscoverNew``). Overriding it makes the ``ConnectivityScope`` global."""
-        raise NotImplementedError
+        What that was is in `allocations`.
+        """
 
-    def discover_delete(self, node: Node) -> None:
-        """A node left the swarm (``DiscoverDelete``)."""
-        raise NotImplementedError
+    def peer_joined(self, network: Network[OptionsT], peer: Node) -> None:
+        """Let the network reach a node that joined the swarm (``DiscoverNew``); it is one of `peers`.
+
+        Called for each network. What `create_network` does for all `peers`, this does for one: the SDK does not call it
+        again when the plugin starts. Overriding it makes the ``ConnectivityScope`` global.
+        """
+
+    def peer_left(self, network: Network[OptionsT], peer: Node) -> None:
+        """Forget a node that left the swarm, or that its gossip has lost (``DiscoverDelete``); called for each network.
+
+        If the plugin is killed in it, `create_network` runs with what `peers` are left.
+        """
 
     def overrides(self, method: str) -> bool:
         """Whether the subclass defines this optional method."""

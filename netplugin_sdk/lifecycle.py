@@ -21,6 +21,7 @@ from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import Conflict, DriverError, NotFound, Unavailable
 from netplugin_sdk.messages import EndpointInterface, Message, Scope
 from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
+from netplugin_sdk.swarm import Allocations, Peers
 
 _log = logging.getLogger("netplugin_sdk")
 
@@ -49,8 +50,8 @@ class NetworkLifecycle(Generic[OptionsT]):
     def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT]) -> None:
         self.driver = driver
         self.store = store
-        self.created: Callable[[], None] = lambda: None
-        """Told of each new network."""
+        self.created: Callable[[Network[OptionsT]], None] = lambda _network: None
+        """Told of each new network, and of a swarm's that is asked for again."""
         self.joined: Callable[[Network[OptionsT], Endpoint], None] = lambda _network, _endpoint: None
         """Told of each new join."""
         self.repairs: dict[Repair, int] = dict.fromkeys(get_args(Repair), 0)
@@ -61,6 +62,8 @@ class NetworkLifecycle(Generic[OptionsT]):
         self._unfinished: set[Network[OptionsT] | Endpoint] = set()
         """Networks with endpoints that could not be deleted after the answer: they stay on disk with them."""
         driver.networks = MappingProxyType(store.networks)
+        self.peers = Peers(driver, store, self.hold)
+        self._allocations = Allocations(driver, store, self._locks)
 
     def reap(self) -> None:
         """Delete the endpoints of containers that ended while nobody told."""
@@ -138,22 +141,26 @@ class NetworkLifecycle(Generic[OptionsT]):
         if driver.overrides("gw_alloc_check"):
             routes["GwAllocCheck"] = (m.GwAllocCheck, self._gw_alloc_check)
         if driver.scope == Scope.GLOBAL:
-            routes["AllocateNetwork"] = (m.AllocateNetwork, self._allocate_network)
-            routes["FreeNetwork"] = (m.NetworkRef, self._free_network)
-        if driver.overrides("discover_new"):
-            routes["DiscoverNew"] = (m.Discovery, self._discover_new)
-        if driver.overrides("discover_delete"):
-            routes["DiscoverDelete"] = (m.Discovery, self._discover_delete)
+            routes["AllocateNetwork"] = (m.AllocateNetwork, self._allocations.allocate)
+            routes["FreeNetwork"] = (m.NetworkRef, self._allocations.free)
+        if self._connectivity == Scope.GLOBAL:
+            routes["DiscoverNew"] = (m.Discovery, self.peers.discover_new)
+            routes["DiscoverDelete"] = (m.Discovery, self.peers.discover_delete)
         return routes
 
+    @property
+    def _connectivity(self) -> Scope:
+        """Only a driver of global connectivity is told of nodes."""
+        discovers = self.driver.overrides("peer_joined") or self.driver.overrides("peer_left")
+        return Scope.GLOBAL if discovers else self.driver.scope
+
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
-        driver = self.driver
-        discovers = driver.overrides("discover_new") or driver.overrides("discover_delete")
+        self._allocations.doubt()
         return messages.encode(
             {
-                "Scope": driver.scope,
-                "ConnectivityScope": Scope.GLOBAL if discovers else driver.scope,
-                "GwAllocChecker": driver.overrides("gw_alloc_check"),
+                "Scope": self.driver.scope,
+                "ConnectivityScope": self._connectivity,
+                "GwAllocChecker": self.driver.overrides("gw_alloc_check"),
             }
         )
 
@@ -163,9 +170,18 @@ class NetworkLifecycle(Generic[OptionsT]):
         with self._locks.hold(request.network_id):
             calls.refuse_if_late()  # it has waited
             network = self.store.networks.get(request.network_id)
+            is_swarms = self.driver.scope == Scope.GLOBAL
+            if network is not None and is_swarms and not messages.same(network.row.request, body):
+                # An engine that is killed forgets a swarm's networks, and its next version may say more of them.
+                _log.warning("CreateNetwork: %r is created anew, with another request", network)
+                self.store.save(network, intent="DeleteNetwork")
+                self.drop_network(network)
+                network = None
             if network is not None:
                 _refuse_other_content(network, network.row.request, body)
                 if network.row.intent is None:
+                    if is_swarms:
+                        self._is_asked_for_again(network)
                     return _DONE
             else:
                 network = self.store.new_network(request, body)
@@ -179,8 +195,15 @@ class NetworkLifecycle(Generic[OptionsT]):
             except Exception:
                 self._undo(network, "CreateNetwork", lambda: self.drop_network(network))
                 raise
-            self.created()
+            self.created(network)
             return _DONE
+
+    def _is_asked_for_again(self, network: Network[OptionsT]) -> None:
+        """An engine that was killed has forgotten its endpoints; of one whose answer was lost there are none yet."""
+        for endpoint in tuple(network.endpoints.values()):
+            _log.warning("CreateNetwork: %r still has %r, deleting it", network, endpoint)
+            self.attempt("delete", endpoint, partial(self.drop_endpoint, network, endpoint))
+        self.created(network)
 
     def _delete_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
@@ -224,15 +247,6 @@ class NetworkLifecycle(Generic[OptionsT]):
         # Gone for everybody but the file: should the plugin die, or fail, the next start finds there what is left.
         self.store.unlist(record)
         self._rests.submit(finish_or_note)
-
-    def _allocate_network(self, request: messages.AllocateNetwork, _body: bytes) -> bytes:
-        with self._locks.hold(request.network_id):
-            return messages.encode({"Options": dict(self.driver.allocate_network(request))})
-
-    def _free_network(self, request: messages.NetworkRef, _body: bytes) -> bytes:
-        with self._locks.hold(request.network_id):
-            self.driver.free_network(request.network_id)
-            return _DONE
 
     def _gw_alloc_check(self, request: messages.GwAllocCheck, _body: bytes) -> bytes:
         options: Any = self.driver.options_type.parse(request.options.generic)
@@ -383,20 +397,6 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _drop_external(self, network: Network[OptionsT], endpoint: Endpoint, then: Operation | None = None) -> None:
         self.driver.revoke_external_connectivity(network, endpoint)
         self.store.save(endpoint, intent=then, external_request=None)
-
-    # ---------------------------------------------------------------------------------------------------- swarm
-
-    def _discover_new(self, request: messages.Discovery, _body: bytes) -> bytes:
-        return self._discover(request, self.driver.discover_new)
-
-    def _discover_delete(self, request: messages.Discovery, _body: bytes) -> bytes:
-        return self._discover(request, self.driver.discover_delete)
-
-    def _discover(self, request: messages.Discovery, notify: Callable[[messages.Node], None]) -> bytes:
-        if request.node is not None:
-            with self._locks.hold("nodes"):
-                notify(request.node)
-        return _DONE
 
     # -------------------------------------------------------------------------------------------------- looking up
 

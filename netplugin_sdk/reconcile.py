@@ -94,7 +94,8 @@ class Reconciler(Generic[OptionsT]):
         """Before the first call."""
         self._reconcile()
         losses.hear(self._hear)
-        self._lifecycle.created = partial(self._compare_with_docker, _TOLD)
+        self._lifecycle.peers.outdated = self.request
+        self._lifecycle.created = self._is_new
         if self._driver.overrides("container_attached"):
             self._lifecycle.joined = self._find_container
 
@@ -204,13 +205,19 @@ class Reconciler(Generic[OptionsT]):
         return network.endpoints.get(endpoint.id) is endpoint and endpoint.join is not None
 
     def _compare_with_docker(self, delay: float) -> None:
-        # A swarm's networks are not listed by nodes that do not use them.
-        if self._inquiries is not None and self._networks and self._driver.scope == Scope.LOCAL:
+        if self._inquiries is not None and self._networks:
             self._inquiries.ask(self._compare, delay, stands=True)
+
+    def _is_new(self, network: Network[OptionsT]) -> None:
+        self._missing.pop(network.id, None)
+        self._compare_with_docker(_TOLD)
 
     def _compare(self, docker: Docker) -> bool:
         engine = docker.call("GET", "/info")["ID"]
-        listed = docker.networks()
+        listed = set(docker.networks())
+        if self._driver.scope == Scope.GLOBAL:
+            # An engine that is killed forgets a swarm's networks, and asks for those that it needs again.
+            listed = {network_id for network_id in listed.intersection(self._networks) if docker.runs(network_id)}
         known = 0
         missing: list[Network[OptionsT] | Endpoint] = []
         for network in tuple(self._networks.values()):
@@ -251,6 +258,8 @@ class Reconciler(Generic[OptionsT]):
         if network is None:
             return
         with self._lifecycle.hold(network):
+            if record.id not in self._missing:
+                return  # asked for meanwhile
             if isinstance(record, Endpoint):
                 if network.endpoints.get(record.id) is record:
                     _log.warning("%r is unknown to Docker: deleting it", record)

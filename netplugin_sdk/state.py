@@ -1,5 +1,7 @@
 """What a driver must not forget: networks, endpoints, and the data that its author attaches to them.
 
+They are this host's. What a swarm told stands apart: what its networks are allocated, and which nodes it has.
+
 One SQLite file per plugin. A row is written *before* the author's method runs, with the operation's name in its column
 ``intent``, and again when the method has returned, before the answer goes out, with ``intent`` NULL. So after a crash
 at any point the rows with an intent are exactly what was half done.
@@ -66,7 +68,18 @@ CREATE TABLE joins (
     answer BLOB NOT NULL
 );
 """
-_MIGRATIONS = (_SCHEMA,)
+_SWARM = """
+CREATE TABLE allocations (
+    network_id TEXT PRIMARY KEY,
+    request BLOB NOT NULL,
+    answer BLOB NOT NULL
+);
+CREATE TABLE nodes (
+    address TEXT PRIMARY KEY,
+    request BLOB NOT NULL
+);
+"""
+_MIGRATIONS = (_SCHEMA, _SWARM)
 
 
 class NetworkRow(msgspec.Struct, frozen=True):
@@ -108,6 +121,24 @@ class JoinRow(msgspec.Struct, frozen=True):
     key: int | None
     request: bytes
     answer: bytes
+
+
+class AllocationRow(msgspec.Struct, frozen=True):
+    """What a network of the swarm is allocated, on disk on the managers that were asked. It is no `NetworkRow`.
+
+    A manager need not run the network, a node that runs it need not be a manager, and their ends are told apart.
+    """
+
+    network_id: str
+    request: bytes
+    answer: bytes
+
+
+class NodeRow(msgspec.Struct, frozen=True):
+    """A node of the swarm on disk, this one or another."""
+
+    address: str
+    request: bytes
 
 
 RowT = TypeVar("RowT", NetworkRow, EndpointRow)
@@ -323,6 +354,10 @@ class Store(Generic[OptionsT]):
 
     def __init__(self, folder: Path | None, options_type: type[OptionsT]) -> None:
         self.networks: dict[str, Network[OptionsT]] = {}
+        self.allocations: dict[str, AllocationRow] = {}
+        """By the id of the network."""
+        self.nodes: dict[str, NodeRow] = {}
+        """By address."""
         self._options_type = options_type
         self._lock = threading.Lock()
         self._database = Database(None if folder is None else folder / "state.db", _MIGRATIONS)
@@ -347,6 +382,12 @@ class Store(Generic[OptionsT]):
             for values in self._database.read("SELECT * FROM joins"):
                 join = JoinRow(*values)
                 listed[join.key].join = join
+            for values in self._database.read("SELECT * FROM allocations"):
+                allocation = AllocationRow(*values)
+                self.allocations[allocation.network_id] = allocation
+            for values in self._database.read("SELECT * FROM nodes"):
+                node = NodeRow(*values)
+                self.nodes[node.address] = node
         except (InvalidRequest, KeyError) as error:
             file = self._database.name
             raise Unavailable(f"the state file {file} is damaged, and left as it is: {error}") from error
@@ -432,6 +473,35 @@ class Store(Generic[OptionsT]):
             network = self.networks.get(record.network_id)
             return network is not None and network.endpoints.get(record.id) is record
         return isinstance(record, Network) and self.networks.get(record.id) is record
+
+    # ----------------------------------------------------------------------------------------------------- swarm
+
+    def save_allocation(self, network_id: str, request: bytes, answer: bytes) -> None:
+        """Write down what a network is allocated. Raises `Unavailable` if it cannot be written."""
+        row = AllocationRow(network_id, request, answer)
+        with self._lock:
+            statement = "INSERT OR REPLACE INTO allocations VALUES (?, ?, ?)"
+            self._database.write(statement, msgspec.structs.astuple(row), synced=True)
+            self.allocations[network_id] = row
+
+    def forget_allocation(self, network_id: str) -> None:
+        """Write down that it is allocated nothing. Raises `Unavailable` if it cannot be written."""
+        with self._lock:
+            self._database.write("DELETE FROM allocations WHERE network_id = ?", (network_id,), synced=True)
+            self.allocations.pop(network_id, None)
+
+    def save_node(self, address: str, request: bytes) -> None:
+        """Write down that there is a node. Raises `Unavailable` if it cannot be written."""
+        row = NodeRow(address, request)
+        with self._lock:
+            self._database.write("INSERT OR REPLACE INTO nodes VALUES (?, ?)", msgspec.structs.astuple(row))
+            self.nodes[address] = row
+
+    def forget_node(self, address: str) -> None:
+        """Write down that it is gone. Raises `Unavailable` if it cannot be written."""
+        with self._lock:
+            self._database.write("DELETE FROM nodes WHERE address = ?", (address,))
+            del self.nodes[address]
 
     def close(self) -> None:
         """Close the file. The store cannot be used afterwards."""

@@ -14,6 +14,8 @@ _COMMANDS = {
     "serve": "netplugin_sdk.cli.serve:serve",
     "dev": "netplugin_sdk.cli.dev:dev",
     "check": "netplugin_sdk.cli.check:check",
+    "trace": "netplugin_sdk.cli.trace:trace",
+    "replay": "netplugin_sdk.cli.trace:replay",
     "inspect": "netplugin_sdk.cli.inspect:inspect",
     "repair": "netplugin_sdk.cli.inspect:repair",
     "topology": "netplugin_sdk.cli.topology:topology",

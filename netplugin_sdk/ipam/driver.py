@@ -20,7 +20,6 @@ from netplugin_sdk.database import Database
 from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import InvalidRequest, NotFound
-from netplugin_sdk.ipam.numbers import Strategy
 from netplugin_sdk.ipam.pools import (
     GLOBAL_DEFAULTS,
     LOCAL_DEFAULTS,
@@ -30,6 +29,7 @@ from netplugin_sdk.ipam.pools import (
     unique_local,
 )
 from netplugin_sdk.messages import ENDPOINT_NAME, AddressRef, AddressRequest, Pool, PoolRequest
+from netplugin_sdk.numbers import Strategy
 from netplugin_sdk.options import DriverOptions
 
 _log = logging.getLogger("netplugin_sdk")

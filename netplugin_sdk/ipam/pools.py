@@ -11,7 +11,7 @@ from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_network
 
 from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from netplugin_sdk.ipam.numbers import NumberPool, Strategy
+from netplugin_sdk.numbers import NumberPool, Strategy
 
 
 class AddressPool:

@@ -100,16 +100,15 @@ class AnyNetwork(NetworkDriver[Options]):
         return SkipGateway(ipv4=options.mode is Mode.L2)
 
     def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:
+        if not request.ipv4_data:
+            raise DriverError(SAYS_NO)
         return request.options
 
-    def free_network(self, network_id: str) -> None:
-        raise DriverError(SAYS_NO)
+    def peer_joined(self, network: Network[Options], peer: Node) -> None:
+        _ = network.options, peer.address
 
-    def discover_new(self, node: Node) -> None:
-        _ = node.address
-
-    def discover_delete(self, node: Node) -> None:
-        _ = node.address
+    def peer_left(self, network: Network[Options], peer: Node) -> None:
+        _ = network.options, peer.address
 
 
 class AnyIpam(IpamDriver):

@@ -176,8 +176,8 @@ class Everything(Publisher):
     def free_network(self, network_id: str) -> None:
         self.called(f"free_network {network_id}")
 
-    def discover_new(self, node: Node) -> None:
-        self.called("discover_new", node)
+    def peer_joined(self, network: Network[Options], peer: Node) -> None:
+        self.called(f"peer_joined {network.id[:4]} {peer.address}", peer)
 
-    def discover_delete(self, node: Node) -> None:
-        self.called("discover_delete", node)
+    def peer_left(self, network: Network[Options], peer: Node) -> None:
+        self.called(f"peer_left {network.id[:4]} {peer.address}", peer)

@@ -214,7 +214,7 @@ def test_what_is_written_down_already_is_answered() -> None:
     with Plugin(driver) as plugin:
         call, late = Call(), list[bool]()
 
-        def too_late() -> None:
+        def too_late(_network: object) -> None:
             late.append(call.give_up())
 
         assert plugin._reconciler is not None

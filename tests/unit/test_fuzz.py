@@ -225,7 +225,7 @@ class Fuzzer:
             return Sent(self.framed(method, body).replace(b"POST", verb.encode(), 1), malformed=True)
         else:
             if self.random.random() < 0.1:
-                method = "NetworkDriver.FreeNetwork"  # the driver fails
+                method = "NetworkDriver.AllocateNetwork"  # without pools the driver fails
             body, malformed = self.flipped(body), False
         return Sent(self.framed(method, body), malformed)
 

@@ -806,8 +806,8 @@ class Global(Recorder):
 
 
 class Discovering(Recorder):
-    def discover_delete(self, node: Any) -> None:
-        self.called("discover_delete", node)
+    def peer_left(self, network: Any, peer: Any) -> None:
+        self.called("peer_left", peer)
 
 
 @pytest.mark.parametrize(
@@ -815,8 +815,8 @@ class Discovering(Recorder):
     [
         (Recorder, ("local", "local", False), set()),
         (Publisher, ("local", "local", False), {"ProgramExternalConnectivity", "RevokeExternalConnectivity"}),
-        (Global, ("global", "global", False), {"AllocateNetwork", "FreeNetwork"}),
-        (Discovering, ("local", "global", False), {"DiscoverDelete"}),
+        (Global, ("global", "global", False), {"AllocateNetwork", "FreeNetwork", "DiscoverNew", "DiscoverDelete"}),
+        (Discovering, ("local", "global", False), {"DiscoverNew", "DiscoverDelete"}),
         (Everything, ("local", "global", True), set(OPTIONAL) - {"AllocateNetwork", "FreeNetwork"}),
         (GlobalEverything, ("global", "global", True), set(OPTIONAL)),
     ],
@@ -906,41 +906,6 @@ def test_a_mapping_of_any_kind_can_be_answered() -> None:
     docker.run()
     assert docker("AllocateNetwork", {"NetworkID": NETWORK}) == {"Options": {"a": "b"}}
     assert docker("EndpointOperInfo", of(NETWORK, ENDPOINT)) == {"Value": {"a": "b"}}
-
-
-# Swarm
-
-
-def test_a_managers_network() -> None:
-    driver = GlobalEverything()
-    docker = Docker(Plugin(driver))
-    swarm_id = "8l5mkgx5w0sjr6vmvtn2sgz1m"
-    request = {"NetworkID": swarm_id, "Options": {"a": "b"}, "IPv4Data": create_network()["IPv4Data"], "IPv6Data": None}
-    assert docker("AllocateNetwork", request) == {"Options": {"vni": "4097", "a": "b"}}
-    assert docker("FreeNetwork", {"NetworkID": swarm_id}) == {}
-    assert driver.calls == ["allocate_network", f"free_network {swarm_id}"]
-
-
-def test_a_global_driver_may_leave_allocation_alone() -> None:
-    docker = Docker(Plugin(Global()))
-    assert docker("AllocateNetwork", {"NetworkID": NETWORK, "Options": None}) == {"Options": {}}
-    assert docker("FreeNetwork", of(NETWORK)) == {}
-
-
-def test_nodes_come_and_go() -> None:
-    driver = Everything()
-    docker = Docker(Plugin(driver))
-    nodes: list[Any] = []
-    driver.hooks = {"discover_new": nodes.append, "discover_delete": nodes.append}
-    for method in ("DiscoverNew", "DiscoverDelete"):
-        data = {"Address": "10.0.0.2", "BindAddress": "10.0.0.2", "Self": method == "DiscoverNew"}
-        assert docker(method, {"DiscoveryType": 1, "DiscoveryData": data}) == {}
-        assert docker(method, {"DiscoveryType": 3, "DiscoveryData": "keys, not nodes"}) == {}
-    assert driver.calls == ["discover_new", "discover_delete"]
-    assert [(node.address, node.is_self) for node in nodes] == [
-        (ip_address("10.0.0.2"), True),
-        (ip_address("10.0.0.2"), False),
-    ]
 
 
 # IPAM

@@ -58,6 +58,8 @@ class Listed:
     id: str = "engine 1"
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
     """Each with its endpoints → what it is listed under: a container, or ``ep-…``."""
+    elsewhere: set[str] = field(default_factory=set)
+    """Networks of other nodes of the swarm, which a manager lists, too."""
     pools: dict[str, str] = field(default_factory=dict)
     """Subnets of networks with an IPAM plugin."""
     containers: list[dict[str, Any]] = field(default_factory=list)
@@ -85,12 +87,14 @@ def answers(listed: Listed) -> type[BaseHTTPRequestHandler]:
                 case ["networks"]:
                     pools = ({"Id": pool, "Scope": "local", "IPAM": {"Driver": "pools"}} for pool in listed.pools)
                     default = {"Scope": "local", "IPAM": {"Driver": "default"}}
-                    return 200, [*({"Id": network, **default} for network in listed.networks), *pools]
+                    networks = {**listed.networks, **dict.fromkeys(listed.elsewhere)}
+                    return 200, [*({"Id": network, **default} for network in networks), *pools]
                 case ["networks", network] if network in listed.pools:
                     return 200, {"Containers": {}, "IPAM": {"Config": [{"Subnet": listed.pools[network]}]}}
-                case ["networks", network] if network in listed.networks:
-                    endpoints = listed.networks[network]
-                    return 200, {"Containers": {c: {"EndpointID": e} for e, c in endpoints.items()}}
+                case ["networks", network] if network in {*listed.networks, *listed.elsewhere}:
+                    endpoints = listed.networks.get(network, {})
+                    peers = {"Peers": [{"IP": "10.0.0.1"}]} if network in listed.networks else {}
+                    return 200, {"Containers": {c: {"EndpointID": e} for e, c in endpoints.items()}, **peers}
                 case ["containers", "json"]:
                     (wanted,) = json.loads(parse_qs(url.query)["filters"][0])["id"]
                     return 200, [c for c in listed.containers if c["Id"] == wanted]
@@ -144,9 +148,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[[Recorder], Docker]]:
 Serve = Callable[[Recorder], Docker]
 
 
-def stays(condition: Callable[[], object]) -> bool:
+def stays(condition: Callable[[], object], missing: float = 0.2) -> bool:
     """Whether it holds for twice as long as something must be missing."""
-    until = time.monotonic() + 2 * 0.2 + MOMENT
+    until = time.monotonic() + 2 * missing + MOMENT
     while condition() and time.monotonic() < until:
         time.sleep(0.01)
     return bool(condition())
@@ -240,16 +244,74 @@ def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, m
     assert len(driver.networks) == 2
 
 
-def test_a_swarms_networks_are_not_asked_for(engine: Listed, serve: Serve) -> None:
-    class Swarm(Recorder):
-        scope = Scope.GLOBAL
+class Swarm(Recorder):
+    scope = Scope.GLOBAL
 
+
+@pytest.mark.parametrize("is_manager", [False, True])
+def test_a_swarms_network_that_this_node_has_no_more_is_removed(engine: Listed, serve: Serve, is_manager: bool) -> None:
+    """As after an engine that was killed; a manager goes on listing it."""
     driver = Swarm()
     docker = serve(driver)
+    engine.networks = {NETWORK: {}, OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    docker.run()
+    assert stays(lambda: len(driver.networks) == 2)
+    del engine.networks[NETWORK]
+    engine.elsewhere = {NETWORK} if is_manager else set()
     docker.plugin.reconcile()
-    assert stays(lambda: driver.networks)
-    assert not engine.asked
+    wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
+    assert [call for call in driver.calls if call.startswith("delete")] == ["delete_endpoint", "delete_network"]
+    assert stays(lambda: set(driver.networks) == {OTHER_NETWORK})
+
+
+def test_a_swarms_network_that_is_asked_for_again_stays(
+    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "_MISSING", 1.0)
+    driver = Swarm()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
+    engine.networks, engine.elsewhere = {}, {NETWORK}
+    engine.asked.clear()
+    docker.plugin.reconcile()
+    wait_for(lambda: f"/networks/{NETWORK}" in engine.asked, "the next look")
+    driver.since()
+    docker("CreateNetwork", create_network())
+    assert driver.since() == ["leave", "delete_endpoint"]  # the engine has forgotten it
+    engine.networks, engine.elsewhere = {NETWORK: {ENDPOINT: "c1"}}, set()
+    docker.run()
+    assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT}, 1.0)
+
+
+def test_a_network_that_is_asked_for_while_its_removal_waits_stays(engine: Listed, serve: Serve) -> None:
+    driver = Swarm()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        entered.set()
+        go_on.wait(5)
+
+    driver.hooks = {"delete_endpoint": wait}
+    asking = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
+    asking.start()
+    assert entered.wait(5)
+    engine.networks = {}
+    docker.plugin.reconcile()
+    time.sleep(0.8)  # looked twice, and wants to remove it
+    engine.networks = {NETWORK: {}}
+    go_on.set()
+    asking.join()
+    assert stays(lambda: NETWORK in driver.networks)
 
 
 def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve: Serve) -> None:

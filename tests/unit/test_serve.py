@@ -129,7 +129,7 @@ def test_the_sockets_of_systemd_are_not_for_child_processes(tmp_path: Path) -> N
         unix.listen()
         with process(tmp_path, **systemd(unix)), connect_unix(tmp_path / "systemd.sock") as client:
             assert client.echo(inheritable="3") == {"inheritable": "False"}
-            assert client.echo(environment="LISTEN_") == {}
+            assert client.echo(environment="LISTEN_") == {"environment": "LISTEN_"}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def some_calls(folder: Path, **arguments: Any) -> list[str]:
             ids = json.dumps({"NetworkID": NETWORK, "EndpointID": ENDPOINT}).encode()
             for request, status in (
                 (echo(n="1"), 200),
-                (post(b"{}", method="NetworkDriver.DiscoverNew"), 404),
+                (post(b"{}", method="NetworkDriver.ProgramExternalConnectivity"), 404),
                 (echo(fail="no bridge\n  today"), 500),
                 (post(ids, method="NetworkDriver.Leave"), 200),
                 (post(ids, method="NetworkDriver.EndpointOperInfo"), 422),
@@ -287,7 +287,7 @@ def some_calls(folder: Path, **arguments: Any) -> list[str]:
 
 CALLS: list[dict[str, Any]] = [
     {"method": "NetworkDriver.AllocateNetwork", "network": NETWORK[:12], "status": 200},
-    {"method": "NetworkDriver.DiscoverNew", "status": 404},
+    {"method": "NetworkDriver.ProgramExternalConnectivity", "status": 404},
     {"method": "NetworkDriver.AllocateNetwork", "network": NETWORK[:12], "status": 500, "error": "no bridge today"},
     {"method": "NetworkDriver.Leave", "network": NETWORK[:12], "endpoint": ENDPOINT[:12], "status": 200},
     {"method": "NetworkDriver.EndpointOperInfo", "network": NETWORK[:12], "endpoint": ENDPOINT[:12], "status": 422},

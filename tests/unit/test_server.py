@@ -9,20 +9,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from netplugin_sdk import Conflict, Plugin, Unavailable
+from netplugin_sdk import AllocateNetwork, Conflict, Plugin, Unavailable
 from netplugin_sdk.plugin import CONTENT_TYPE
 from netplugin_sdk.server import Limits, Server
 
 from .serving import (
     METHOD,
-    NETWORK,
     TIMEOUT,
     Client,
     Echo,
@@ -206,12 +205,12 @@ def test_a_large_head_within_the_limit_is_served(tmp_path: Path) -> None:
 
 
 def test_a_body_of_the_largest_size_is_served_and_one_more_byte_is_refused(tmp_path: Path) -> None:
-    largest = body({"n": "1"}).ljust(100_000)
+    largest = [body({"n": number}).ljust(100_000) for number in "123"]
     with serving_unix(tmp_path, Limits(body=100_000)) as served, served.connect() as client:
-        for _ in range(3):
-            client.send(post(largest))
-            assert client.receive().options == {"n": "1"}
-        client.send(post(largest + b" "))
+        for number, content in enumerate(largest, 1):
+            client.send(post(content))
+            assert client.receive().options == {"n": str(number)}
+        client.send(post(largest[0] + b" "))
         reply = client.last()
         assert reply.status == 413
         assert "100000 bytes" in reply.error
@@ -859,15 +858,16 @@ def test_stop_works_while_the_house_is_full(tmp_path: Path) -> None:
 
 def test_stop_works_from_a_call_of_the_driver(tmp_path: Path) -> None:
     class Last(Echo):
-        def free_network(self, network_id: str) -> None:
+        def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:
             server.stop()
+            return {}
 
     with nothing_left(), Plugin(Last()) as plugin, Server(plugin) as server:
         server.listen_unix(tmp_path / "s.sock")
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         with connect_unix(tmp_path / "s.sock") as client:
-            client.send(post(json.dumps({"NetworkID": NETWORK}).encode(), method="NetworkDriver.FreeNetwork"))
+            client.send(echo(n="1"))
             assert client.receive().status == 200
             thread.join(TIMEOUT)
             assert not thread.is_alive()

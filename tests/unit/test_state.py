@@ -375,10 +375,10 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "state.db") as db:
         db.execute("CREATE TABLE networks (later TEXT)")
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
     before = (tmp_path / "state.db").read_bytes()
-    with pytest.raises(Unavailable, match="has version 2 and this SDK knows versions up to 1; it is left as it is"):
+    with pytest.raises(Unavailable, match="has version 3 and this SDK knows versions up to 2; it is left as it is"):
         Store(tmp_path, Options)
     assert {path.name for path in tmp_path.iterdir()} == {"state.db"}
     assert (tmp_path / "state.db").read_bytes() == before
@@ -399,12 +399,12 @@ def test_an_older_file_is_brought_up_to_date_and_kept_as_it_was(
     assert store.networks[network.id].attached(Tunnel) == TUNNEL
     store.close()
     assert rows(tmp_path, "networks", "id, extra") == [(network.id, network.row.data)]
-    with closing(sqlite3.connect(tmp_path / "state.db.version-1")) as kept:
-        assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    with closing(sqlite3.connect(tmp_path / "state.db.version-2")) as kept:
+        assert kept.execute("PRAGMA user_version").fetchone() == (2,)
         assert kept.execute("SELECT id, data FROM networks").fetchall() == [(network.id, network.row.data)]
     Store(tmp_path, Options).close()
     monkeypatch.undo()
-    with pytest.raises(Unavailable, match="has version 3 and this SDK knows versions up to 1; it is left as it is"):
+    with pytest.raises(Unavailable, match="has version 4 and this SDK knows versions up to 2; it is left as it is"):
         Store(tmp_path, Options)
 
 

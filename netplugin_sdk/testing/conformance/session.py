@@ -19,6 +19,7 @@ from netplugin_sdk import messages
 from netplugin_sdk.cnm import NetworkController, RemoteError, RemotePlugin, Subnet
 from netplugin_sdk.cnm.remote import ACCEPT, TLS, Address, Patience
 from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.testing.recording import Exchange, refusal, short
 
 if TYPE_CHECKING:
     from netplugin_sdk.testing.conformance.report import Report
@@ -79,24 +80,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """A request and its answer, for the conversation that is shown of a check that failed."""
-
-    method: str
-    request: bytes
-    status: int
-    answer: bytes
-
-    def __str__(self) -> str:
-        return f"{self.method} {_short(self.request)}\n    → {self.status} {_short(self.answer)}"
-
-
-def _short(body: bytes) -> str:
-    text = body.decode("utf-8", "backslashreplace").strip()
-    return text if len(text) <= 600 else f"{text[:600]} … ({len(text)} characters)"
-
-
-@dataclass(frozen=True)
 class Answer:
     """Of one request."""
 
@@ -109,21 +92,15 @@ class Answer:
         try:
             decoded = json.loads(self.body)
         except ValueError:
-            raise Failed(f"the answer is no JSON: {_short(self.body)!r}") from None
+            raise Failed(f"the answer is no JSON: {short(self.body)!r}") from None
         if not isinstance(decoded, dict):
-            raise Failed(f"the answer is no JSON object: {_short(self.body)!r}")
+            raise Failed(f"the answer is no JSON object: {short(self.body)!r}")
         return decoded
 
     @property
     def error(self) -> str:
         """What an engine would take for an error; "" if it takes it for success (moby ``pkg/plugins/client.go``)."""
-        if self.status == 200:
-            with suppress(Failed):
-                return str(self.content.get("Err") or self.content.get("Error") or "")
-            return ""
-        with suppress(Failed):
-            return str(self.content.get("Err") or _short(self.body))
-        return _short(self.body) or f"status {self.status}"
+        return refusal(self.status, self.body)
 
 
 Step: TypeAlias = "Callable[[Session], None]"

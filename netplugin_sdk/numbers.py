@@ -6,7 +6,6 @@ Nothing here knows of addresses: VNIs, ports and VLAN ids are given out in the s
 from __future__ import annotations
 
 import enum
-import hashlib
 import heapq
 import time
 from collections.abc import Callable, Iterator
@@ -255,6 +254,8 @@ class NumberPool:
         if strategy is Strategy.SERIAL and low <= self._next <= high:
             start = self._next
         elif strategy is Strategy.HASHED and seed is not None and low <= high:
+            import hashlib  # noqa: PLC0415 - brings OpenSSL, 3 ms
+
             digest = hashlib.blake2b(seed.encode(), digest_size=16).digest()
             start = low + int.from_bytes(digest) % (high - low + 1)
         found = self._used.first_free(start - self.first, high - self.first)

@@ -1,0 +1,306 @@
+"""What a swarm tells a driver: what its networks are allocated, and which nodes there are.
+
+The swarm's own memory is the log of its managers. What is on disk here is what this host was told of it, and where the
+two differ the swarm is right. docs/swarm.md has the facts, and where they come from.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Generic
+
+import msgspec
+
+from netplugin_sdk import calls, messages
+from netplugin_sdk.background import Locks
+from netplugin_sdk.driver import NetworkDriver
+from netplugin_sdk.errors import Conflict, InvalidRequest
+from netplugin_sdk.messages import Node, Scope
+from netplugin_sdk.numbers import NumberPool, Strategy
+from netplugin_sdk.state import Network, OptionsT, Store
+
+_log = logging.getLogger("netplugin_sdk")
+
+_DONE = b"{}"
+_ONE_START = 60.0  # seconds within which what is told belongs to one start of the engine's network agent
+_NEVER = float("inf")
+
+
+class Allocations(Generic[OptionsT]):
+    """``AllocateNetwork`` and ``FreeNetwork``, which the leader of the managers sends to its own plugin only.
+
+    A manager that becomes the leader sends ``AllocateNetwork`` for each network, with the options that it was given
+    before, by whichever manager's plugin. So what a request holds counts more than what is on disk. And what is on disk
+    may have been freed elsewhere: until it is asked for again, others get its numbers only if there are no more.
+    """
+
+    def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT], locks: Locks) -> None:
+        self._driver = driver
+        self._store = store
+        self._locks = locks
+        self._pools: dict[str, NumberPool] = {}
+        self._guard = threading.Lock()  # of the pools: networks are allocated in parallel
+        if driver.cluster_numbers:
+            if driver.scope != Scope.GLOBAL:
+                raise TypeError(f"{type(driver).__name__} has cluster_numbers, and its scope is not global")
+            for name, numbers in driver.cluster_numbers.items():
+                if numbers.step != 1:
+                    raise TypeError(f"the cluster_numbers {name} have gaps: {numbers}")
+                self._pools[name] = NumberPool(numbers.start, numbers.stop - 1)
+        self._publish()
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Another manager may have led since (``GetCapabilities``, which comes as a manager begins to lead)."""
+        with self._guard:
+            for network_id in tuple(self._store.allocations):
+                self._hold(network_id)
+
+    def allocate(self, request: messages.AllocateNetwork, body: bytes) -> bytes:
+        """``AllocateNetwork``."""
+        network_id = request.network_id
+        with self._locks.hold(network_id):
+            calls.refuse_if_late()  # it has waited
+            known = self._store.allocations.get(network_id)
+            try:
+                numbers = self._take(network_id, request.options)
+                if known is not None and messages.same(known.request, body):
+                    return known.answer
+                options = {**request.options, **numbers}
+                try:
+                    given = self._driver.allocate_network(msgspec.structs.replace(request, options=options))
+                    # The answer replaces the network's options: what is not in it, the nodes do not get.
+                    answer = messages.encode({"Options": {**options, **given, **numbers}})
+                    calls.settle()
+                    self._store.save_allocation(network_id, body, answer)
+                except Exception:
+                    if known is None:
+                        self._undo(network_id)
+                    raise
+            except Exception:
+                with self._guard:
+                    self._release(network_id)
+                    if known is not None:
+                        self._hold(network_id)
+                        self._confirm(network_id)
+                raise
+            self._publish()
+            return answer
+
+    def _undo(self, network_id: str) -> None:
+        try:
+            self._driver.free_network(network_id)
+        except Exception:
+            _log.exception("AllocateNetwork of network %s failed, and so did undoing it", network_id[:12])
+
+    def free(self, request: messages.NetworkRef, _body: bytes) -> bytes:
+        """``FreeNetwork``."""
+        with self._locks.hold(request.network_id):
+            if request.network_id not in self._store.allocations:
+                # Another manager led when it was allocated, or this is said again.
+                _log.info("FreeNetwork: network %s is not allocated here, nothing to free", request.network_id[:12])
+                return _DONE
+            self._driver.free_network(request.network_id)
+            self._store.forget_allocation(request.network_id)
+            with self._guard:
+                self._release(request.network_id)
+            self._publish()
+            return _DONE
+
+    def _publish(self) -> None:
+        with self._guard:
+            rows = tuple(self._store.allocations.values())
+            self._driver.allocations = MappingProxyType(
+                {row.network_id: MappingProxyType(_options(row.answer)) for row in rows}
+            )
+
+    # ---------------------------------------------------------------------------------------------------- numbers
+
+    def _take(self, network_id: str, options: Mapping[str, str]) -> dict[str, str]:
+        """The network's numbers: those that its options hold, else those that it had, else free ones."""
+        with self._guard:
+            taken = {}
+            for name, pool in self._pools.items():
+                if name in options:
+                    number = _read(options[name])
+                    if number is None:
+                        raise InvalidRequest(f"{name} must be a whole number, got {options[name][:80]!r}")
+                    if pool.of(network_id) != number:
+                        _release(pool, network_id)
+                    try:
+                        pool.take(number, network_id)
+                    except (Conflict, InvalidRequest) as error:
+                        raise type(error)(f"{name} cannot be had: {error}") from None
+                else:
+                    # By a hash: another manager that is asked would say the same, and it is not soon used again.
+                    number = pool.allocate(network_id, strategy=Strategy.HASHED)
+                self._dispossess(name, number, but=network_id)
+                taken[name] = str(number)
+            return taken
+
+    def _dispossess(self, name: str, number: int, *, but: str) -> None:
+        """Forget networks that had this number, and that the leader has not asked for again."""
+        text = str(number)
+        for row in tuple(self._store.allocations.values()):
+            if row.network_id != but and _options(row.answer).get(name) == text:
+                _log.warning("%s %s: network %s has it now, instead of %s", name, text, but[:12], row.network_id[:12])
+                self._store.forget_allocation(row.network_id)
+                self._release(row.network_id)
+
+    def _hold(self, network_id: str) -> None:
+        options = _options(self._store.allocations[network_id].answer)
+        for name, pool in self._pools.items():
+            number = _read(options.get(name, ""))
+            if number is None or not pool.first <= number <= pool.last:
+                continue  # an older version of the driver gave it
+            if pool.of(network_id) in (None, number):  # else it is being allocated another one
+                pool.hold(number, _NEVER, network_id)
+
+    def _confirm(self, network_id: str) -> None:
+        for pool in self._pools.values():
+            if (number := pool.of(network_id)) is not None:
+                pool.take(number, network_id)
+
+    def _release(self, network_id: str) -> None:
+        for pool in self._pools.values():
+            _release(pool, network_id)
+
+
+def _release(pool: NumberPool, owner: str) -> None:
+    if (number := pool.of(owner)) is not None:
+        pool.take(number, owner)  # what is held cannot be released
+        pool.release(number)
+
+
+def _read(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+class _Answer(msgspec.Struct):
+    options: dict[str, str] = msgspec.field(name="Options")
+
+
+def _options(answer: bytes) -> dict[str, str]:
+    return msgspec.json.decode(answer, type=_Answer).options
+
+
+class Peers(Generic[OptionsT]):
+    """``DiscoverNew`` and ``DiscoverDelete``, which the engine makes of what its gossip says of addresses.
+
+    The set on disk is what counts. It changes first, then the driver is told, network by network. Where that fails, or
+    this node has changed, `outdated` asks for the driver's `create_network` of each network, which finds the set.
+    """
+
+    def __init__(
+        self,
+        driver: NetworkDriver[OptionsT],
+        store: Store[OptionsT],
+        hold: Callable[[Network[OptionsT]], AbstractContextManager[None]],
+    ) -> None:
+        self.outdated: Callable[[], None] = lambda: None
+        self._driver = driver
+        self._store = store
+        self._hold = hold
+        self._lock = threading.Lock()
+        self._joins: dict[str, list[float]] = {}
+        """Address → when nodes of it joined that have not left, since the engine's agent started."""
+        self._agent_started: float | None = None
+        self._publish()
+
+    def discover_new(self, request: messages.Discovery, body: bytes) -> bytes:
+        """``DiscoverNew``."""
+        if (node := request.node) is not None:
+            with self._lock:
+                if node.is_self:
+                    self._is_this(node, body)
+                else:
+                    self._join(node, body)
+        return _DONE
+
+    def discover_delete(self, request: messages.Discovery, _body: bytes) -> bytes:
+        """``DiscoverDelete``."""
+        if (node := request.node) is not None and not node.is_self:
+            with self._lock:
+                joins = self._joins.get(str(node.address), [])
+                if joins:
+                    joins.pop(0)
+                if joins:
+                    # Its engine was killed and is back already: the gossip gives the earlier one up only now.
+                    _log.info("a node at %s left, another one of the same address is there", node.address)
+                else:
+                    self._leave(node)
+        return _DONE
+
+    def _is_this(self, node: Node, body: bytes) -> None:
+        before = self._driver.this_node
+        if node.bind_address is not None:
+            self._agent_starts()
+        elif before is not None:
+            return  # the gossip's address of this node, which need not be that of its data (--data-path-addr)
+        if (other := self._driver.peers.get(node.address)) is not None:
+            self._leave(other)
+        if node != before:
+            self._store.save_node(str(node.address), body)
+            if before is not None and before.address != node.address:
+                self._store.forget_node(str(before.address))
+            self._publish()
+            self.outdated()
+
+    def _agent_starts(self) -> None:
+        """An agent that starts tells all other nodes anew; but one also says so when a plugin is enabled.
+
+        A second one in the life of this process is a new one: this node left its swarm, and is in another now.
+        """
+        now = time.monotonic()
+        before, self._agent_started = self._agent_started, now
+        if before is None or now - before < _ONE_START:
+            return
+        recent = {address: [at for at in joins if now - at < _ONE_START] for address, joins in self._joins.items()}
+        self._joins = {address: joins for address, joins in recent.items() if joins}
+        for node in self._driver.peers.values():
+            if str(node.address) not in self._joins:
+                self._leave(node)
+
+    def _join(self, node: Node, body: bytes) -> None:
+        this = self._driver.this_node
+        if this is not None and node.address == this.address:
+            return
+        self._joins.setdefault(str(node.address), []).append(time.monotonic())
+        if node.address not in self._driver.peers:
+            self._store.save_node(str(node.address), body)
+            self._publish()
+            self._tell(node, self._driver.peer_joined)
+
+    def _leave(self, node: Node) -> None:
+        self._joins.pop(str(node.address), None)
+        if node.address in self._driver.peers:
+            self._store.forget_node(str(node.address))
+            self._publish()
+            self._tell(node, self._driver.peer_left)
+
+    def _tell(self, node: Node, event: Callable[[Network[OptionsT], Node], None]) -> None:
+        if not self._driver.overrides(event.__name__):
+            return
+        done = True
+        for network in tuple(self._store.networks.values()):
+            try:
+                with self._hold(network):
+                    if self._store.networks.get(network.id) is network and network.row.intent is None:
+                        event(network, node)
+            except Exception:
+                _log.exception("%s of node %s failed for %r", event.__name__, node.address, network)
+                done = False
+        if not done:
+            self.outdated()
+
+    def _publish(self) -> None:
+        rows = self._store.nodes.values()
+        nodes = [node for row in rows if (node := messages.decode(messages.Discovery, row.request).node) is not None]
+        self._driver.this_node = next((node for node in nodes if node.is_self), None)
+        # Another one each time, so that nobody who goes through it is disturbed.
+        self._driver.peers = MappingProxyType({node.address: node for node in nodes if not node.is_self})
