@@ -11,6 +11,7 @@ from netplugin_sdk.errors import DriverError
 
 _COMMANDS = {
     "check": "netplugin_sdk.cli.check:check",
+    "bundle": "netplugin_sdk.cli.bundle:bundle",
 }
 """Name → where it is. Help lists them in this order."""
 
