@@ -23,6 +23,16 @@ _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")  # what Docker takes as the 
 _START = Path(__file__).with_name("start.py")
 _START_INSIDE = "/usr/lib/netplugin/start.py"
 _LEGACY_INSIDE = "usr/lib/netplugin/legacy"
+_NETPLUGIN = "/usr/local/bin/netplugin"
+_ENVIRONMENT = [
+    {"name": name, "description": description, "settable": ["value"], "value": value}
+    for name, description, value in (
+        ("NETPLUGIN_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR.", "INFO"),
+        ("NETPLUGIN_LOG_FORMAT", "text, or json for one object a line.", "text"),
+        ("NETPLUGIN_METRICS", "ADDRESS:PORT of metrics for Prometheus.", None),
+    )
+]
+_PATH = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")  # moby, DefaultPathEnv
 _DRIVER = re.compile(r"[\w.]+:\w+")
 
 
@@ -149,14 +159,8 @@ def _make(order: _Order, described: rootfs.Project, wheels: Path, folder: Path) 
         rootfs.install(root, [sdk.wheel, described.wheel], {**sdk.scripts, **described.scripts})
     else:
         _tell(f"image of {order.dockerfile.relative_to(order.project)}")
-        context = folder / "context"
-        shutil.copytree(order.project, context, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist"))
-        (context / "wheels").mkdir(exist_ok=True)
-        for made in (sdk.wheel, described.wheel):
-            shutil.copy(made, context / "wheels")
-        file = context / order.dockerfile.relative_to(order.project)
-        rootfs.from_image(order.docker, context, file, order.arguments, root)
-        shutil.rmtree(context)
+        sent = (sdk.wheel, described.wheel)
+        rootfs.from_image(order.docker, order.project, order.dockerfile, root, arguments=order.arguments, wheels=sent)
     _prepare(root)
     config = _own_config(order.project) or _config(order, described)
     _check(config, root)
@@ -203,23 +207,18 @@ def _config(order: _Order, described: rootfs.Project) -> dict[str, Any]:
     """The least that does; docs/managed.md says why each is there."""
     types = ["docker.networkdriver/1.0", *(["docker.ipamdriver/1.0"] if order.ipam else [])]
     socket = f"{order.name}.sock"
+    program = _program(order, described)
     return {
         "description": described.summary or f"{described.name} {described.version}",
         "entrypoint": [
-            "/usr/bin/python3",
+            "python3",
             "-I",
             _START_INSIDE,
             f"/run/docker/plugins/{socket}",
             *_program(order, described),
         ],
         "args": {"name": "args", "description": "Further arguments.", "settable": ["value"], "value": []},
-        "env": [
-            {"name": name, "description": description, "settable": ["value"], "value": value}
-            for name, description, value in (
-                ("NETPLUGIN_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR.", "INFO"),
-                ("NETPLUGIN_LOG_FORMAT", "text, or json for one object a line.", "text"),
-            )
-        ],
+        **({"env": _ENVIRONMENT} if program[0] == _NETPLUGIN else {}),
         "interface": {"types": types, "socket": socket},
         "network": {"type": "host"},
         "linux": {"capabilities": ["CAP_NET_ADMIN"]},
@@ -246,7 +245,7 @@ def _mount(name: str, description: str, path: str, mode: str) -> dict[str, Any]:
 def _program(order: _Order, described: rootfs.Project) -> list[str]:
     words = shlex.split(order.run or "")
     if words and _DRIVER.fullmatch(words[0]):
-        return ["/usr/local/bin/netplugin", "serve", *words, "--name", order.name]
+        return [_NETPLUGIN, "serve", *words, "--name", order.name]
     names = ", ".join(described.scripts)
     if not words:
         if len(described.scripts) != 1:
@@ -263,9 +262,9 @@ def _check(config: dict[str, Any], root: Path) -> None:
     entrypoint, interface = config.get("entrypoint") or [], config.get("interface") or {}
     if not entrypoint or not interface.get("socket") or not interface.get("types"):
         raise InvalidRequest("config.json must have an entrypoint, interface.socket and interface.types")
-    program = root / str(entrypoint[0]).lstrip("/")
-    if str(entrypoint[0]).startswith("/") and not os.path.lexists(program):
-        raise InvalidRequest(f"config.json: the root file system has no {entrypoint[0]}")
+    program = str(entrypoint[0])
+    if not any(os.path.lexists(root / folder / program.lstrip("/")) for folder in ("", *_PATH)):
+        raise InvalidRequest(f"config.json: the root file system has no {program}")
 
 
 # --------------------------------------------------------------------------------------------------------------- words

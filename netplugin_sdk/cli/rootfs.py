@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -260,34 +261,53 @@ def engine_builds(docker: Sequence[str]) -> bool:
     return shutil.which(docker[0]) is not None and _status(*docker, "version") == 0
 
 
-def from_image(docker: Sequence[str], context: Path, dockerfile: Path, arguments: Sequence[str], to: Path) -> None:
-    """Build an image and unpack its file system.
+def from_image(
+    docker: Sequence[str],
+    project: Path,
+    dockerfile: Path,
+    to: Path,
+    *,
+    arguments: Sequence[str] = (),
+    wheels: Sequence[Path] = (),
+) -> None:
+    """Build an image and unpack its file system. The engine may be on another host.
 
     Args:
         docker: the client, with the options that say which engine.
-        context: folder that is sent to the engine.
+        project: folder that is the context of the build, but for its hidden files and what others made in it.
         dockerfile: file in it.
-        arguments: ``NAME=VALUE`` for the Dockerfile's ARGs.
         to: folder, which is made.
+        arguments: ``NAME=VALUE`` for the Dockerfile's ARGs.
+        wheels: files that are sent along, in the folder ``wheels``.
 
     Raises `Unavailable` if it fails; the text ends with what the engine says.
     """
     named = [word for argument in arguments for word in ("--build-arg", argument)]
-    with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / "image"
-        _run(*docker, "build", "--iidfile", str(written), "--file", str(dockerfile), *named, str(context))
-        image = written.read_text().strip()
+    file = str(dockerfile.relative_to(project))
+    with tempfile.TemporaryFile() as context:
+        # Not PAX, of which docker's client does not see that it is an archive.
+        with tarfile.open(fileobj=context, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            archive.add(project, ".", filter=_sent)
+            for wheel in wheels:
+                archive.add(wheel, f"wheels/{wheel.name}")
+        context.seek(0)
+        image = _run(*docker, "build", "--quiet", "--file", file, *named, "-", stdin=context.fileno()).strip()
     container = _run(*docker, "create", image, "none").strip()
     try:
         to.mkdir()
         with subprocess.Popen([*docker, "export", container], stdout=subprocess.PIPE) as export:
-            unpack = ["tar", "--extract", "--directory", str(to), "--numeric-owner", "--exclude=./dev/*"]
+            unpack = ["tar", "--extract", "--directory", str(to), "--numeric-owner", "--exclude=dev/*"]
             done = subprocess.run(unpack, stdin=export.stdout, stderr=subprocess.PIPE, text=True, check=False)
         if export.returncode != 0 or done.returncode != 0:
             raise Unavailable(f"cannot unpack the image: {done.stderr.strip() or 'docker export failed'}")
     finally:
         _status(*docker, "rm", "--force", container)
     (to / ".dockerenv").unlink(missing_ok=True)
+
+
+def _sent(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    name = Path(member.name).name
+    return None if name.startswith(".") or name in ("__pycache__", "build", "dist", "wheels") else member
 
 
 def size(root: Path) -> int:
@@ -305,10 +325,10 @@ def _files(root: Path) -> Iterator[os.stat_result]:
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
-def _run(*command: str, failing: bool = False) -> str:
+def _run(*command: str, stdin: int = subprocess.DEVNULL, failing: bool = False) -> str:
     """What a program prints. Raises `Unavailable` with its last words if it fails, unless it may be `failing`."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise Unavailable(f"there is no program {command[0]}") from error
     if done.returncode != 0 and not failing:
