@@ -9,7 +9,7 @@ good (moby, daemon/pkg/plugin/manager_linux.go, pluginPostStart); a plugin with 
 them back after a reboot, and one that dies again between two looks is not started again. So calls wait in the socket,
 as they do with a service of systemd's.
 
-A plugin that cannot start at all must be disabled, else the engine waits for its answers, even at boot. So after five
+A plugin that cannot start at all must be disabled, else the engine waits for its answers, even at boot. So after ten
 starts in a minute the socket does not listen before the program is ready.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 FIRST_FD = 3
 STARTS = Path("/run/netplugin-starts")
-BURST, INTERVAL = 5, 60.0
+BURST, INTERVAL = 10, 60.0
 LEGACY = "/usr/lib/netplugin/legacy"
 LOCK = "/host/run/xtables.lock"
 

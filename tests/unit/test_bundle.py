@@ -253,8 +253,8 @@ def test_a_program_gets_a_socket_that_listens_already(tmp_path: Path) -> None:
 
 def test_starts_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "STARTS", tmp_path / "starts")
-    assert [start.starts_too_often(float(now)) for now in range(7)] == [False] * 5 + [True] * 2
-    assert not start.starts_too_often(63.0)
+    assert [start.starts_too_often(float(now)) for now in range(12)] == [False] * 10 + [True] * 2
+    assert not start.starts_too_often(64.0)
     assert not start.starts_too_often(5.0), "the clock was set back"
     start.STARTS.write_text("half a li")
     assert not start.starts_too_often(6.0)
