@@ -150,7 +150,7 @@ def bundle(
 
 def _make(order: _Order, described: rootfs.Project, wheels: Path, folder: Path) -> dict[str, Any]:
     """Fill the folder; the config that it gets."""
-    root = folder / "rootfs"
+    root, config = folder / "rootfs", _own_config(order.project) or _config(order, described)
     sdk = rootfs.describe(order.wheel or rootfs.sdk_wheel(wheels))
     if order.dockerfile is None:
         start = rootfs.base(order.packages, _tell)
@@ -162,7 +162,6 @@ def _make(order: _Order, described: rootfs.Project, wheels: Path, folder: Path) 
         sent = (sdk.wheel, described.wheel)
         rootfs.from_image(order.docker, order.project, order.dockerfile, root, arguments=order.arguments, wheels=sent)
     _prepare(root)
-    config = _own_config(order.project) or _config(order, described)
     _check(config, root)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return config
