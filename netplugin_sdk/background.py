@@ -140,6 +140,7 @@ class Inquiries:
         self._due: list[_Due] = []
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
+        self._docker: Docker | None = None  # the thread's
         self._closed = False
 
     def ask(self, question: Question, delay: float = 0.0, *, stands: bool = False) -> None:
@@ -165,17 +166,25 @@ class Inquiries:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ask nothing more; wait for the question that is being asked."""
+        """Ask nothing more; wait for what is being done with an answer, but for no answer.
+
+        An engine that starts may wait for this plugin's end before it answers: it ends managed plugins of its
+        predecessor (docs/managed.md).
+        """
         with self._changed:
             self._closed = True
             self._due.clear()
             self._changed.notify_all()
             thread = self._thread
-        if thread is not None:
-            thread.join(_ANSWER_TIME)
+        until = time.monotonic() + _ANSWER_TIME
+        while thread is not None and thread.is_alive() and time.monotonic() < until:
+            if self._docker is not None:
+                self._docker.abort()
+            thread.join(0.05)
 
     def _run(self) -> None:
         with Docker(self._path, timeout=_ANSWER_TIME) as docker:
+            self._docker = docker
             while (due := self._next()) is not None:
                 if self._is_done(due.question, docker):
                     continue

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import ip_interface, ip_network
@@ -171,6 +172,13 @@ class Docker:
         """End the connection; the next call makes another."""
         if self._connection is not None:
             self._connection.close()
+
+    def abort(self) -> None:
+        """End the connection, under a call that waits in another thread too, which then raises `Unavailable`."""
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Docker:
         return self

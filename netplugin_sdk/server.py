@@ -493,6 +493,8 @@ class Server:
         listeners = [socket.socket(fileno=fd) for fd in range(_FIRST_SYSTEMD_FD, _FIRST_SYSTEMD_FD + count)]
         for listener in listeners:  # all of them first, so that they are closed whatever happens
             listener.set_inheritable(False)
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # systemd's do already
+                listener.listen(_BACKLOG)
             self._add(listener)
         tcp = [listener for listener in listeners if listener.family != socket.AF_UNIX]
         if tls is None:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "inspect": "netplugin_sdk.cli.inspect:inspect",
     "repair": "netplugin_sdk.cli.inspect:repair",
     "topology": "netplugin_sdk.cli.topology:topology",
+    "bundle": "netplugin_sdk.cli.bundle:bundle",
     "doctor": "netplugin_sdk.cli.doctor:doctor",
 }
 """Name → where it is. Help lists them in this order."""

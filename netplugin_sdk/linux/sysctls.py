@@ -6,12 +6,16 @@ A name is written with slashes, as `sysctl` also takes it, since names of interf
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from netplugin_sdk.errors import DriverError, InvalidRequest
 
 _ROOT = Path("/proc/sys")
+
+_MANAGED = Path("/host/proc/sys")
+"""The same in a managed plugin, whose ``/proc/sys`` is read-only: `netplugin bundle` has the engine mount it."""
 
 
 class SysctlError(DriverError):
@@ -46,10 +50,20 @@ def ensure(name: str, value: str | int) -> str:
         raise SysctlError(f"sysctl {name}: this kernel has no such parameter{_module(name)}")
     if before != str(value):
         try:
-            _path(name).write_text(str(value))
+            _write(_path(name), str(value))
         except OSError as error:
             raise SysctlError(f"sysctl {name}: cannot set it from {before} to {value}: {_reason(error)}") from error
     return before
+
+
+def _write(path: Path, value: str) -> None:
+    try:
+        path.write_text(value)
+    except OSError as error:
+        writable = _MANAGED / path.relative_to(_ROOT)
+        if error.errno != errno.EROFS or not writable.exists():
+            raise
+        writable.write_text(value)
 
 
 def _path(name: str) -> Path:

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 
 from netplugin_sdk.docker import Docker
+from netplugin_sdk.testing import debian
 
 VERSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "20.10": ("bookworm", ("docker.io", "docker-compose")),
@@ -44,8 +45,6 @@ VERSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """Engine version → Debian's suite that has it, and the packages."""
 
 _PACKAGES = ("iptables", "nftables", "iproute2", "iputils-ping", "iperf3", "ca-certificates", "busybox-static")
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_BUILT = "etc/netplugin-packages"  # in a root file system: what it was built with
 _PLUGINS = "/run/docker/plugins"
 
 ENGINE_ADDRESS = "198.51.100.1"
@@ -126,10 +125,6 @@ class EngineError(Exception):
 # ------------------------------------------------------------------------------------------------ root file systems
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("NETPLUGIN_CACHE", "/var/cache/netplugin-sdk"))
-
-
 def require(version: str) -> None:
     """Raise `EngineUnavailable` unless a private engine of this version can be had here; build nothing."""
     if version not in VERSIONS:
@@ -137,7 +132,7 @@ def require(version: str) -> None:
     if os.geteuid() != 0:
         raise EngineUnavailable("a private Docker Engine needs root: run this as root")
     programs = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2"}
-    if not _is_built(version):
+    if not debian.is_built(_root(version), _packages(version)):
         programs["debootstrap"] = "debootstrap"
     missing = sorted({package for program, package in programs.items() if shutil.which(program) is None})
     if missing:
@@ -156,39 +151,25 @@ def root_file_system(version: str) -> Path:
     """
     require(version)
     suite, _ = VERSIONS[version]
-    root = _cache() / "engines" / version
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with (root.parent / f".{version}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_built(version):
-            return root
-        mirror = os.environ.get("NETPLUGIN_DEBIAN_MIRROR", "http://deb.debian.org/debian")
-        print(f"building Docker Engine {version} (Debian {suite}) in {root}, about a minute …", file=sys.stderr)
-        building = root.with_name(f".{version}.building")
-        shutil.rmtree(building, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={_packages(version)}"]
-        if _KEYRING.exists():
-            command.append(f"--keyring={_KEYRING}")
-        log = root.with_name(f"{version}.log")
-        with log.open("wb") as output:
-            done = subprocess.run([*command, suite, building, mirror], stdout=output, stderr=output, check=False)
-        if done.returncode != 0:
-            tail = " ".join(log.read_text(errors="replace").splitlines()[-3:])
-            raise EngineUnavailable(f"debootstrap of Debian {suite} failed, see {log}: {tail}")
-        (building / _BUILT).write_text(_packages(version))
-        shutil.rmtree(root, ignore_errors=True)
-        building.rename(root)
-        return root
+    try:
+        return debian.root_file_system(
+            _root(version),
+            suite,
+            _packages(version),
+            told=lambda root: print(
+                f"building Docker Engine {version} (Debian {suite}) in {root}, about a minute …", file=sys.stderr
+            ),
+        )
+    except debian.DebianUnavailable as error:
+        raise EngineUnavailable(str(error)) from error
 
 
-def _packages(version: str) -> str:
-    return ",".join((*VERSIONS[version][1], *_PACKAGES))
+def _root(version: str) -> Path:
+    return debian.cache() / "engines" / version
 
 
-def _is_built(version: str) -> bool:
-    """Whether there is a root file system, with the packages of today."""
-    built = _cache() / "engines" / version / _BUILT
-    return built.is_file() and built.read_text() == _packages(version)
+def _packages(version: str) -> tuple[str, ...]:
+    return (*VERSIONS[version][1], *_PACKAGES)
 
 
 # ----------------------------------------------------------------------------------------------------------- engine
@@ -255,7 +236,7 @@ class PrivateEngine:
         self.version = version
         self._arguments = arguments
         image = root_file_system(version)
-        labs = _cache() / "labs"
+        labs = debian.cache() / "labs"
         labs.mkdir(parents=True, exist_ok=True)
         with (labs / ".lock").open("w") as one_at_a_time:  # a lab that is not locked yet is not stale
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)

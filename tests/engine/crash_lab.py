@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -13,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, OUTSIDE_ADDRESS, EngineError, PrivateEngine, wait_until
 
@@ -156,7 +159,11 @@ class Known:
     @classmethod
     def of(cls, engine: PrivateEngine, plugin: str = "myplugin") -> Known:
         """Read from a copy, since the plugin writes; as docs/architecture.md says."""
-        folder = engine.run_folder.parent / "var/lib/netplugin" / plugin
+        return cls.read(engine.run_folder.parent / "var/lib/netplugin" / plugin)
+
+    @classmethod
+    def read(cls, folder: Path) -> Known:
+        """The same, of a plugin that keeps its state there."""
         if not folder.exists():
             return cls()
         with tempfile.TemporaryDirectory() as copy:
@@ -193,13 +200,14 @@ def bridges(engine: PrivateEngine) -> dict[str, list[str]]:
     }
 
 
-def agree(engine: PrivateEngine, seconds: float = 10) -> None:
+def agree(engine: PrivateEngine, seconds: float = 10, *, driver: str = "myplugin", state: Path | None = None) -> None:
     """Docker, the plugin's file and the kernel have the same networks and endpoints, soon."""
     seen: tuple[object, ...] = ()
 
     def same() -> bool:
         nonlocal seen
-        docker, plugin, kernel = docker_knows(engine), Known.of(engine), veths(engine)
+        plugin = Known.of(engine, driver) if state is None else Known.read(state)
+        docker, kernel = docker_knows(engine, driver), veths(engine)
         seen = docker, plugin, kernel
         return docker == plugin and kernel == {endpoint[:12] for endpoint, _ in docker.endpoints}
 
@@ -208,6 +216,15 @@ def agree(engine: PrivateEngine, seconds: float = 10) -> None:
     except TimeoutError:
         docker, plugin, kernel = seen
         raise AssertionError(f"Docker: {docker}\nplugin: {plugin}\nkernel: {kernel}") from None
+
+
+def cut_power(engine: PrivateEngine) -> None:
+    """All processes end, and the kernel's state is gone: namespaces, /run. What is on disk stays."""
+    assert engine._first is not None
+    os.kill(engine._first_pid, signal.SIGKILL)
+    engine._first.wait(30)
+    engine._daemon.wait(30)
+    engine._start_namespaces()
 
 
 def everything(engine: PrivateEngine) -> str:

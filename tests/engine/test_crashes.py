@@ -5,8 +5,6 @@ The plugin is one that is quicker to remove what Docker does not know (`IMPATIEN
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from .crash_lab import (
     Users,
     agree,
     bridges,
+    cut_power,
     docker_knows,
     everything,
     is_soon,
@@ -100,15 +99,6 @@ def comes_back(engine: PrivateEngine) -> None:
     engine.docker("start", *(box.name for box in ONCE))
     Reached(engine).soon()
     all_are_served(engine)
-
-
-def cut_power(engine: PrivateEngine) -> None:
-    """All processes end, and the kernel's state is gone: namespaces, /run. What is on disk stays."""
-    assert engine._first is not None
-    os.kill(engine._first_pid, signal.SIGKILL)
-    engine._first.wait(30)
-    engine._daemon.wait(30)
-    engine._start_namespaces()
 
 
 def test_the_plugin_is_killed_again_and_again(engine: PrivateEngine) -> None:

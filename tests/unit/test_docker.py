@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import socketserver
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 
 from netplugin_sdk import Unavailable
+from netplugin_sdk.background import Inquiries
 from netplugin_sdk.docker import Docker, DockerError, UsedPool, is_stopped
 
 
@@ -159,3 +161,20 @@ def test_pools_are_those_of_other_ipam_drivers(path: Path, monkeypatch: pytest.M
             UsedPool(ip_network("10.1.0.0/24"), ip_network("10.1.0.128/25"), addresses),
             UsedPool(ip_network("fd00::/64"), None, addresses),
         ]
+
+
+def test_an_engine_that_does_not_answer_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """It may wait for that very end: an engine that starts ends the managed plugins of its predecessor."""
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.bind(str(path))
+        engine.listen()
+        inquiries = Inquiries(path)
+        inquiries.ask(lambda docker: bool(docker.networks()))
+        client, _ = engine.accept()
+        with client:
+            assert client.recv(100).startswith(b"GET /networks")
+            ending = threading.Thread(target=inquiries.close)
+            ending.start()
+            ending.join(5)
+            assert not ending.is_alive()
