@@ -25,6 +25,7 @@ from netplugin_sdk.testing.tap import Tap, mend
 _REMEMBERED = 10_000  # requests, to know a repetition
 _NAMES = ("NetworkID", "EndpointID")  # they are in the line
 _SHORT = 12  # characters of an id, as docker shows it
+_NOT_SUPPORTED = 404  # of an optional method: engines pass over it
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show the JSON of requests and answers.")
 diff_option = click.option(
@@ -194,13 +195,14 @@ class _View:
         request = recording.body(entry.request)
         repeated = self._is_repeated(entry)
         self._times[entry.method].append(entry.ms)
-        self._errors[entry.method] += bool(entry.error)
+        failed = bool(entry.error) and entry.status != _NOT_SUPPORTED
+        self._errors[entry.method] += failed
         what = f"{entry.status} {entry.error}".strip() if entry.status else f"no answer: {entry.error}"
         took = "" if entry.ms is None else f"{entry.ms:.2f} ms"
         name = entry.method.removeprefix("NetworkDriver.")
         click.echo(
             f"{_clock(entry.time)}  {click.style(f'{name:<28}', bold=True)}  {_ids(request):<25}  {took:>11}  "
-            + click.style(what, fg="red" if entry.error else "green")
+            + click.style(what, fg="red" if failed else None if entry.error else "green")
             + (click.style("  repeated", fg="yellow") if repeated else "")
         )
         if self._verbose:

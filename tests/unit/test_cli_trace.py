@@ -64,6 +64,15 @@ def test_the_live_view(tmp_path: Path) -> None:
     assert '    ← {"Options": {"a": "1"}}' in verbose
 
 
+def test_an_optional_method_that_is_not_there_is_no_error(tmp_path: Path) -> None:
+    with serving_unix(tmp_path) as served, tracing(served) as lines:
+        client = served.connect()
+        client.send(echo(a="1").replace(METHOD.encode(), b"NetworkDriver.EndpointIsGone"))
+        client.receive()
+    assert "404 NetworkDriver.EndpointIsGone is not supported" in lines[1]
+    assert re.fullmatch(r"NetworkDriver.EndpointIsGone +1 +0 +\d+\.\d\d +\d+\.\d\d", lines[-1])
+
+
 def test_json_and_record_are_the_same_lines(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     with serving_unix(tmp_path) as served:
