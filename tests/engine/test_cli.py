@@ -16,6 +16,8 @@ from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 from .conftest import plugin_beside
 from .test_minimal import source
 
+pytestmark = pytest.mark.one_engine
+
 
 @pytest.fixture
 def l2(engine: PrivateEngine, tmp_path: Path) -> Iterator[Process]:

@@ -26,6 +26,8 @@ from ..unit.pages import DOCS, PAGES, ROOT, blocks, files
 from .conftest import remove_all, state_of
 from .test_minimal import source
 
+pytestmark = pytest.mark.one_engine
+
 TUTORIAL = DOCS / "tutorial.md"
 SESSIONS = [page for page in PAGES if any(one.language == "console" and not one.not_run for one in blocks(page))]
 
