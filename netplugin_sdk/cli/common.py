@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from netplugin_sdk.cnm import remote
 
@@ -38,6 +39,16 @@ class PluginAddress(click.ParamType[remote.Address]):
         except remote.PluginNotFound as error:
             names = ", ".join(sorted(set(remote.installed())))
             self.fail(f"{error}; {f'there are {names}' if names else 'there are none'}", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that Docker knows, and files."""
+        return [*complete_name(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def complete_name(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The plugins of Docker's folders, for the shell."""
+    names = sorted(set(remote.installed()))
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
 def plugin_argument(command: _F) -> _F:

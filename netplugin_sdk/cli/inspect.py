@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from netplugin_sdk.cli.common import json_option
+from netplugin_sdk.cli.common import complete_name, json_option
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.inspection.snapshot import UNKNOWN_TO_DOCKER, Fact, Snapshot, take
 from netplugin_sdk.server import STATE_FOLDER
@@ -38,7 +38,7 @@ def inspected(command: _F) -> _F:
         metavar="DIR",
         help=f"The plugin's state folder, else {STATE_FOLDER}/NAME.",
     )(command)
-    return click.argument("plugin", metavar="NAME")(command)
+    return click.argument("plugin", metavar="NAME", shell_complete=complete_name)(command)
 
 
 def state_folder(plugin: str, folder: Path | None) -> Path:

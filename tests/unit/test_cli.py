@@ -12,10 +12,12 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from netplugin_sdk import Endpoint, EndpointInterface, MacAddress, Network, Plugin
 from netplugin_sdk.cli import main
+from netplugin_sdk.cnm import remote
 from netplugin_sdk.testing.conformance import CHECKS, Group
 from netplugin_sdk.testing.kit import serving
 
@@ -52,6 +54,18 @@ def test_what_is_no_name_gets_none() -> None:
     result = netplugin("xyzzy")
     assert result.exit_code == 2
     assert "Did you mean" not in result.stderr
+
+
+def test_the_shell_completes_commands_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "installed", lambda: ["l2", "l3", "myplugin"])
+
+    def completed(*words: str) -> list[str]:
+        found = ShellComplete(main, {}, "netplugin", "_NETPLUGIN_COMPLETE").get_completions([*words[:-1]], words[-1])
+        return [item.value for item in found if item.type == "plain"]
+
+    assert completed("ch") == ["check"]
+    assert completed("check", "l") == ["l2", "l3"]
+    assert completed("inspect", "my") == ["myplugin"]
 
 
 # check
