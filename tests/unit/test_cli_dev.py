@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from netplugin_sdk.cnm.remote import Address, Patience, RemotePlugin
 
 from .lab import ENDPOINT, NETWORK, create_endpoint, create_network
-from .serving import TIMEOUT, connect_unix, echo, wait_for
+from .serving import METHOD, TIMEOUT, connect_unix, echo, wait_for
 
 SAVES = 8
 """How often the code is saved under the callers."""
@@ -48,6 +49,14 @@ class Counting(NetworkDriver):
 """
 
 
+_CALLS = itertools.count()
+
+
+def unique() -> dict[str, str]:
+    """An option that makes a request another one than those before: a repeated one is answered from memory."""
+    return {"call": str(next(_CALLS))}
+
+
 class Dev:
     """A `netplugin dev` that runs."""
 
@@ -66,7 +75,7 @@ class Dev:
 
     def ask(self, **options: str) -> dict[str, str]:
         with connect_unix(self.path) as client:
-            return client.echo(**options)
+            return client.echo(**unique(), **options)
 
     def wait_for_version(self, version: int) -> None:
         wait_for(lambda: self.ask()["version"] == str(version), f"version {version}; the log:\n{self.log}")
@@ -135,12 +144,16 @@ def test_callers_never_notice_that_code_is_saved(dev: Dev) -> None:
 
     # As an engine with its kept connections, but without its second tries.
     kept = RemotePlugin(address, patience=Patience(total=0))
-    request = {"NetworkID": NETWORK, "Options": {}}
+
+    def ask_again() -> dict[str, str]:
+        options: dict[str, str] = kept.call(METHOD, {"NetworkID": NETWORK, "Options": unique()})["Options"]
+        return options
+
     threads = [
         *(threading.Thread(target=call_all_the_time, args=("new", dev.ask)) for _ in range(2)),
         threading.Thread(
             target=call_all_the_time,
-            args=("kept", lambda: kept.call("NetworkDriver.AllocateNetwork", request)["Options"]),
+            args=("kept", ask_again),
         ),
     ]
     with kept:
@@ -167,13 +180,13 @@ def test_callers_never_notice_that_code_is_saved(dev: Dev) -> None:
 def test_a_call_that_runs_is_answered_by_the_old_code(dev: Dev) -> None:
     call = dev.folder / "call"
     with connect_unix(dev.path) as running, connect_unix(dev.path) as kept:
-        kept.echo()
+        kept.echo(**unique())
         running.send(echo(network=ENDPOINT, started=str(call)))
         wait_for(call.exists, "the call to start")
         dev.save(1)
         kept.expect_end()
         with connect_unix(dev.path) as waiting:
-            waiting.send(echo())
+            waiting.send(echo(**unique()))
             waiting.expect_silence()
             call.unlink()
             assert running.last().options["version"] == "0"
@@ -185,7 +198,7 @@ def test_code_that_cannot_be_imported_is_shown_and_calls_wait_for_the_next_save(
     dev.wait_for_log("SyntaxError: '(' was never closed")
     dev.wait_for_log("it ended, with status 1: calls wait until a file is saved and it can be started")
     with connect_unix(dev.path) as waiting:
-        waiting.send(echo())
+        waiting.send(echo(**unique()))
         waiting.expect_silence()
         dev.save("undefined")
         dev.wait_for_log("NameError: name 'undefined' is not defined")

@@ -230,9 +230,9 @@ def test_our_server_over_tls(tmp_path: Path, keys: Keys) -> None:
     folders = Folders(tmp_path, (tmp_path,))
     with serving_tcp(tmp_path, tls=keys.files) as served, RemotePlugin(find("echo", folders=folders)) as plugin:
         assert plugin.activate("NetworkDriver") == ("NetworkDriver",)
-        large = {**CONTENT, "Options": {"large": "y" * 1_000_000}}
-        for _ in range(3):
-            assert plugin.call(METHOD, large)["Options"] == large["Options"]
+        for number in range(3):
+            options = {"large": "y" * 1_000_000, "number": str(number)}
+            assert plugin.call(METHOD, {**CONTENT, "Options": options})["Options"] == options
         assert served.driver.calls == 3
 
 

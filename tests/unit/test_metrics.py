@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import threading
@@ -95,7 +94,7 @@ def test_a_served_plugin_is_scraped(tmp_path: Path) -> None:
                 (echo(fail="no bridge"), 500),
                 (echo(bug="oh"), 500),
                 (post(b"[]", method="NetworkDriver.Join"), 400),
-                (post(b"{}", method="NetworkDriver.DiscoverNew"), 404),
+                (post(b"{}", method="IpamDriver.RequestPool"), 404),
                 (post(b"{}", method="made/up"), 404),
             ):
                 client.send(request)
@@ -205,11 +204,10 @@ def test_a_call_that_was_given_up_counts_as_what_the_engine_was_told() -> None:
     with Plugin(Echo()) as plugin, exporting(plugin, "echo", "127.0.0.1", port):
         call = Call()
         assert call.give_up()
-        body = json.dumps({"NetworkID": NETWORK, "Options": {}}).encode()
-        assert plugin.handle("/NetworkDriver.AllocateNetwork", body, call).status == 200
+        assert plugin.handle("/NetworkDriver.GetCapabilities", b"", call).status == 200
         found = Scrape(port)
-    assert found.all("calls_total") == {("NetworkDriver.AllocateNetwork", "503"): 1}
-    assert found.all("call_errors_total") == {("NetworkDriver.AllocateNetwork",): 1}
+    assert found.all("calls_total") == {("NetworkDriver.GetCapabilities", "503"): 1}
+    assert found.all("call_errors_total") == {("NetworkDriver.GetCapabilities",): 1}
 
 
 def test_a_drivers_own_metrics_are_shown_too(exported: Exported) -> None:
