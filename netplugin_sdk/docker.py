@@ -128,13 +128,8 @@ class Docker:
 
     def runs(self, network_id: str) -> bool:
         """Whether the engine has this network of a swarm itself. A manager lists those of all nodes, without peers."""
-        try:
-            network = self.call("GET", f"/networks/{quote(network_id, safe='')}")
-        except DockerError as error:
-            if error.http_status == 404:
-                return False
-            raise
-        return bool(network["Containers"] or network.get("Peers"))
+        network = self._network(network_id)
+        return network is not None and bool(network["Containers"] or network.get("Peers"))
 
     def pools(self) -> list[UsedPool]:
         """The pools of its networks, but not of those that the engine gives addresses to itself, nor of a swarm's."""
@@ -142,12 +137,8 @@ class Docker:
         for listed in self.networks().values():
             if listed["Scope"] != "local" or listed["IPAM"]["Driver"] in ("default", "null"):
                 continue
-            try:
-                network = self.call("GET", f"/networks/{listed['Id']}")
-            except DockerError as error:
-                if error.http_status == 404:
-                    continue  # removed meanwhile
-                raise
+            if (network := self._network(listed["Id"])) is None:
+                continue  # removed meanwhile
             endpoints = (network["Containers"] or {}).values()
             texts = [endpoint[field] for endpoint in endpoints for field in ("IPv4Address", "IPv6Address")]
             addresses = frozenset(ip_interface(text).ip for text in texts if text)
@@ -155,6 +146,16 @@ class Docker:
                 part = ip_network(pool["IPRange"], strict=False) if pool.get("IPRange") else None
                 found.append(UsedPool(ip_network(pool["Subnet"], strict=False), part, addresses))
         return found
+
+    def _network(self, network_id: str) -> dict[str, Any] | None:
+        """With its containers; None if there is none."""
+        try:
+            network: dict[str, Any] = self.call("GET", f"/networks/{quote(network_id, safe='')}")
+        except DockerError as error:
+            if error.http_status == 404:
+                return None
+            raise
+        return network
 
     def container(self, container_id: str) -> Container | None:
         """A container; None if there is none.

@@ -31,11 +31,11 @@ from netplugin_sdk.errors import DriverError, NotFound, Unavailable
 from netplugin_sdk.inspection import remembered
 from netplugin_sdk.linux import firewall, namespaces, sysctls
 from netplugin_sdk.server import PLUGIN_FOLDER, STATE_FOLDER
+from netplugin_sdk.testing.forwarder import Place
 
 _DAEMON_FILE = Path("/etc/docker/daemon.json")
 _BUILT_IN = frozenset(("bridge", "host", "null", "none", "overlay", "macvlan", "ipvlan"))
 _OLDEST = (20, 10)
-_TRACED = ".traced"
 _PATIENCE = 15.0  # seconds for a program or an answer
 _RULES = (
     ("-N", "NETPLUGIN-doctor"),
@@ -441,9 +441,9 @@ def _sockets(folder: Path) -> Iterator[Finding]:
         text = f"everybody may write to {folder}, and so be a plugin of the engine"
         yield Finding(topic, Level.PROBLEM, text, f"chmod o-w {folder}")
     folders = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
-    traced = [entry for entry in folders if entry.name.endswith(_TRACED)]
-    inside = [each for entry in folders if entry not in traced for each in _inside(entry)]
-    left = {_of_trace(each): each for each in traced}
+    places = {entry: Place.of(entry) for entry in folders}
+    inside = [each for entry, place in places.items() if place is None for each in _inside(entry)]
+    traced = {place.path: place for place in places.values() if place is not None}
     for path in (*entries, *inside):
         if not path.is_socket():
             continue
@@ -451,27 +451,21 @@ def _sockets(folder: Path) -> Iterator[Finding]:
         if listens is None:
             yield Finding(topic, Level.UNKNOWN, f"{path} cannot be tried without root", _ROOT)
         elif listens:
-            under = ", under a trace" if path in left else ""
+            under = ", under a trace" if path in traced else ""
             yield Finding(topic, Level.OK, f"{path.stem} listens at {path}{under}")
-        elif path in left and _listens(left[path] / "plugin"):
+        elif path in traced and _listens(traced[path].plugin):
             text = f"a trace of {path.stem} was killed: Docker's calls end at it, while the plugin listens"
-            mend = (
-                f"{shlex.join(('mv', str(left[path] / 'plugin'), str(path)))} && rm -r {shlex.quote(str(left[path]))}"
-            )
+            place = traced[path]
+            mend = f"{shlex.join(('mv', str(place.plugin), str(path)))} && rm -r {shlex.quote(str(place.folder))}"
             yield Finding(topic, Level.PROBLEM, text, mend)
         else:
             text = f"{path} is stale: nobody listens, and Docker waits in vain"
             mend = f"systemctl start {path.stem} (or its program), or: rm {shlex.quote(str(path))}"
             yield Finding(topic, Level.WARNING, text, mend)
-    for path, of_trace in left.items():
-        if not _listens(path) and not _listens(of_trace / "plugin"):
-            mend = f"rm -r {shlex.quote(str(of_trace))}"
-            yield Finding(topic, Level.WARNING, f"{of_trace} is left of a trace of {path.stem}", mend)
-
-
-def _of_trace(folder: Path) -> Path:
-    """The socket in front of whose plugin a trace stands, or stood: ``.x.sock.traced`` has the plugin's own."""
-    return folder.with_name(folder.name.removeprefix(".").removesuffix(_TRACED))
+    for place in traced.values():
+        if not _listens(place.path) and not _listens(place.plugin):
+            mend = f"rm -r {shlex.quote(str(place.folder))}"
+            yield Finding(topic, Level.WARNING, f"{place.folder} is left of a trace of {place.path.stem}", mend)
 
 
 def _inside(folder: Path) -> list[Path]:

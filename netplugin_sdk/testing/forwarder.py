@@ -53,6 +53,7 @@ _GRACE = 0.1  # seconds that we go on accepting when the path leads elsewhere: w
 _DELAY_NS = 10_000_000  # that a record may wait for others
 _BATCH = 32 * 1024
 _BEHIND = 64 << 20  # bytes that the reader may be behind
+_TRACED = ".traced"  # ends the names of folders
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -87,9 +88,16 @@ class Place:
         self.path = path
         self.held = held
         """The descriptor by which the folder is held; -1 if it is not."""
-        self.folder = path.with_name(f".{path.name}.traced")
+        self.folder = path.with_name(f".{path.name}{_TRACED}")
         self.ours = self.folder / path.name
         self.plugin = self.folder / "plugin"
+
+    @classmethod
+    def of(cls, folder: Path) -> Place | None:
+        """The place whose folder this is, by its name; None if it is none's."""
+        if not (folder.name.startswith(".") and folder.name.endswith(_TRACED)):
+            return None
+        return cls(folder.with_name(folder.name[1:].removesuffix(_TRACED)))
 
     def hold(self) -> bool:
         """Make the folder and hold it; False if somebody else does."""

@@ -159,6 +159,16 @@ def stays(condition: Callable[[], object], missing: float = 0.2) -> bool:
 # Orphans
 
 
+def served_and_listed(engine: Listed, serve: Serve) -> tuple[Recorder, Docker]:
+    """A plugin with one network, which the engine has listed."""
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {}}
+    docker("CreateNetwork", create_network())
+    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    return driver, docker
+
+
 def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: Serve) -> None:
     driver = Recorder()
     docker = serve(driver)
@@ -175,11 +185,7 @@ def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: S
 
 
 def test_the_last_network_that_docker_has_forgotten_is_removed_too(engine: Listed, serve: Serve) -> None:
-    driver = Recorder()
-    docker = serve(driver)
-    engine.networks = {NETWORK: {}}
-    docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    driver, _ = served_and_listed(engine, serve)
     engine.networks = {}
     serve(driver)  # a start is a look, too
     wait_for(lambda: not driver.networks, "the removal")
@@ -207,22 +213,14 @@ def test_another_engine_at_that_socket_removes_nothing(engine: Listed, serve: Se
 
 
 def test_an_engine_that_was_exchanged_removes_nothing(engine: Listed, serve: Serve) -> None:
-    driver = Recorder()
-    docker = serve(driver)
-    engine.networks = {NETWORK: {}}
-    docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    driver, docker = served_and_listed(engine, serve)
     engine.id, engine.networks = "engine 2", {}
     docker.plugin.reconcile()
     assert stays(lambda: driver.networks)
 
 
 def test_an_engine_that_does_not_answer_removes_nothing(engine: Listed, serve: Serve) -> None:
-    driver = Recorder()
-    docker = serve(driver)
-    engine.networks = {NETWORK: {}}
-    docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    driver, docker = served_and_listed(engine, serve)
     engine.broken = True
     docker.plugin.reconcile()
     assert stays(lambda: driver.networks)
@@ -354,11 +352,7 @@ def test_an_engine_that_is_away_for_long_is_still_asked(
 ) -> None:
     monkeypatch.setattr(background, "_PATIENCE", 0.1)
     monkeypatch.setattr(background, "_SLOWLY", 0.2)
-    driver = Recorder()
-    docker = serve(driver)
-    engine.networks = {NETWORK: {}}
-    docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    driver, docker = served_and_listed(engine, serve)
     engine.broken = True
     docker.plugin.reconcile()
     wait_for(lambda: "does not tell" in caplog.text, "the warning")
