@@ -69,15 +69,15 @@ def interface_of(lab: Lab, container: str, network: str = "net") -> str:
     return str(next(link["ifname"] for link in shown if wanted in [a["local"] for a in link["addr_info"]]))
 
 
-def settled(lab: Lab, wanted: str) -> list[str]:
-    """What of the host's state is more or less than in `wanted`, after at most 3 s."""
+def settled(lab: Lab, wanted: str, patience: float = 3) -> list[str]:
+    """What of the host's state is more or less than in `wanted`, after at most so many seconds."""
 
     def differences() -> list[str]:
         now, then = set(state_of_host(lab.engine).splitlines()), set(wanted.splitlines())
         return [*(f"left: {line}" for line in sorted(now - then)), *(f"gone: {line}" for line in sorted(then - now))]
 
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: not differences(), 3, every=0.1)
+        wait_until(lambda: not differences(), patience, every=0.1)
     return differences()
 
 
@@ -1107,7 +1107,8 @@ def test_p25_killed_at_work(lab: Lab) -> Facts:
         maker.join(60)
     if made := [network["Name"] for network in lab.api("/networks") if network["Name"] in NEW]:
         lab.docker("network", "rm", *made)
-    facts: Facts = {"each run ends": all(ended), "leaves": settled(lab, before)}
+    # A network whose answer was lost, and that docker gave up, is removed after half a minute.
+    facts: Facts = {"each run ends": all(ended), "leaves": settled(lab, before, 60)}
     lab.run("two", "-p", "8080:80", command=answers("two"))
     facts["afterwards"] = eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080))
     return facts
