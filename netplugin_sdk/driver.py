@@ -227,12 +227,14 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         """Let the network reach a node that joined the swarm (``DiscoverNew``); it is one of `peers`.
 
         Called for each network. What `create_network` does for all `peers`, this does for one: the SDK does not call it
-        again when the plugin starts. Overriding it makes the ``ConnectivityScope`` global.
+        again when the plugin starts. It does when a node is back that the gossip had lost: it did not get what was sent
+        to it meanwhile. Overriding it makes the ``ConnectivityScope`` global.
         """
 
     def peer_left(self, network: Network[OptionsT], peer: Node) -> None:
-        """Forget a node that left the swarm, or that its gossip has lost (``DiscoverDelete``); called for each network.
+        """Forget a node that left the swarm (``DiscoverDelete``), two minutes ago; called for each network.
 
+        Until then the gossip may only have lost it: a node that is cut off, or whose engine restarts, can be back.
         If the plugin is killed in it, `create_network` runs with what `peers` are left.
         """
 

@@ -117,6 +117,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def close(self) -> None:
         """Wait until what is done after answers is done."""
+        self.peers.close()
         self._rests.wait()
 
     def routes(self) -> Routes:

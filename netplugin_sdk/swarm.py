@@ -17,6 +17,7 @@ from typing import Generic
 import msgspec
 
 from netplugin_sdk import calls, messages
+from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.background import Locks
 from netplugin_sdk.driver import NetworkDriver
 from netplugin_sdk.errors import Conflict, InvalidRequest
@@ -28,6 +29,9 @@ _log = logging.getLogger("netplugin_sdk")
 
 _DONE = b"{}"
 _ONE_START = 60.0  # seconds within which what is told belongs to one start of the engine's network agent
+_LOST = (
+    120.0  # seconds until a lost node has left: a manager that restarts alone is found by the workers after up to 60
+)
 _NEVER = float("inf")
 
 
@@ -194,6 +198,9 @@ class Peers(Generic[OptionsT]):
 
     The set on disk is what counts. It changes first, then the driver is told, network by network. Where that fails, or
     this node has changed, `outdated` asks for the driver's `create_network` of each network, which finds the set.
+
+    A node that the gossip loses is one of the set for a while: mostly it is only unreachable, or its engine restarts
+    while its containers go on, and the engines take up to a minute to find each other again.
     """
 
     def __init__(
@@ -210,7 +217,17 @@ class Peers(Generic[OptionsT]):
         self._joins: dict[str, list[float]] = {}
         """Address → when nodes of it joined that have not left, since the engine's agent started."""
         self._agent_started: float | None = None
+        self._lost: dict[IPAddress, float] = {}
+        """Nodes that the gossip has lost: when they will have left."""
+        self._timer: threading.Timer | None = None
         self._publish()
+
+    def close(self) -> None:
+        """Nobody leaves any more."""
+        with self._lock:
+            self._lost.clear()
+            if self._timer is not None:
+                self._timer.cancel()
 
     def discover_new(self, request: messages.Discovery, body: bytes) -> bytes:
         """``DiscoverNew``."""
@@ -232,9 +249,30 @@ class Peers(Generic[OptionsT]):
                 if joins:
                     # Its engine was killed and is back already: the gossip gives the earlier one up only now.
                     _log.info("a node at %s left, another one of the same address is there", node.address)
-                else:
-                    self._leave(node)
+                elif node.address in self._driver.peers:
+                    _log.info("the gossip has lost the node at %s", node.address)
+                    self._lost.setdefault(node.address, time.monotonic() + _LOST)
+                    self._wait_for_lost()
         return _DONE
+
+    def _wait_for_lost(self) -> None:
+        if self._timer is None and self._lost:
+            self._timer = threading.Timer(min(self._lost.values()) - time.monotonic(), self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        """Those that have been lost for long enough leave."""
+        with self._lock:
+            self._timer = None
+            now = time.monotonic()
+            for address in [address for address, until in self._lost.items() if until <= now]:
+                try:
+                    self._leave(self._driver.peers[address])
+                except Exception:  # the disk's
+                    _log.exception("the node at %s cannot be forgotten", address)
+                    self._lost[address] = now + _LOST
+            self._wait_for_lost()
 
     def _is_this(self, node: Node, body: bytes) -> None:
         before = self._driver.this_node
@@ -271,13 +309,17 @@ class Peers(Generic[OptionsT]):
         if this is not None and node.address == this.address:
             return
         self._joins.setdefault(str(node.address), []).append(time.monotonic())
+        was_lost = self._lost.pop(node.address, None) is not None
         if node.address not in self._driver.peers:
             self._store.save_node(str(node.address), body)
             self._publish()
-            self._tell(node, self._driver.peer_joined)
+        elif not was_lost:
+            return
+        self._tell(node, self._driver.peer_joined)
 
     def _leave(self, node: Node) -> None:
         self._joins.pop(str(node.address), None)
+        self._lost.pop(node.address, None)
         if node.address in self._driver.peers:
             self._store.forget_node(str(node.address))
             self._publish()

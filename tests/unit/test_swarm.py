@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,6 +386,35 @@ def node(address: str, *, this: bool = False, bound: bool | None = None) -> dict
     return {"DiscoveryType": 1, "DiscoveryData": {"Address": address, "BindAddress": bind, "Self": this}}
 
 
+class Timers:
+    """Those of `swarm`, which end when the test says so."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def make(self, _: float, function: Callable[[], None]) -> SimpleNamespace:
+        start = partial(self._waiting.append, function)
+        return SimpleNamespace(start=start, cancel=partial(self._cancel, function))
+
+    def _cancel(self, function: Callable[[], None]) -> None:
+        if function in self._waiting:
+            self._waiting.remove(function)
+
+    def end(self) -> None:
+        """Whoever was lost has been lost for long."""
+        waiting, self._waiting = self._waiting, []
+        for function in waiting:
+            function()
+
+
+@pytest.fixture(autouse=True)
+def timers(monkeypatch: pytest.MonkeyPatch) -> Timers:
+    made = Timers()
+    monkeypatch.setattr(swarm, "threading", SimpleNamespace(Lock=threading.Lock, Timer=made.make))
+    monkeypatch.setattr(swarm, "_LOST", 0.0)
+    return made
+
+
 def peers(driver: Recorder) -> list[str]:
     return sorted(str(address) for address in driver.peers)
 
@@ -398,7 +428,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     raise AssertionError(f"{what} did not come")
 
 
-def test_each_network_is_told_of_each_node_once(manager: Manager) -> None:
+def test_each_network_is_told_of_each_node_once(manager: Manager, timers: Timers) -> None:
     driver = Meshed()
     docker = manager(driver)
     docker("DiscoverNew", node("10.0.0.2"))
@@ -413,6 +443,9 @@ def test_each_network_is_told_of_each_node_once(manager: Manager) -> None:
     docker("DiscoverDelete", node("fd00::3"))
     docker("DiscoverDelete", node("fd00::3"))
     docker("DiscoverDelete", node("10.0.0.9"))
+    assert driver.since() == []
+    assert peers(driver) == ["10.0.0.2", "fd00::3"]
+    timers.end()
     assert driver.since() == [f"peer_left {network[:4]} fd00::3" for network in (NETWORK, OTHER_NETWORK)]
     assert peers(driver) == ["10.0.0.2"]
 
@@ -434,13 +467,14 @@ def test_a_driver_of_local_scope_can_have_peers(manager: Manager) -> None:
     assert peers(driver) == ["10.0.0.2"]
 
 
-def test_nodes_are_known_after_a_restart_before_networks_are_made_again(manager: Manager) -> None:
+def test_nodes_are_known_after_a_restart_before_networks_are_made_again(manager: Manager, timers: Timers) -> None:
     driver = Meshed()
     docker = manager(driver)
     docker("DiscoverNew", node("10.0.0.1", this=True))
     for address in ("10.0.0.2", "10.0.0.3", "10.0.0.4"):
         docker("DiscoverNew", node(address))
     docker("DiscoverDelete", node("10.0.0.3"))
+    timers.end()
     docker("CreateNetwork", create_network())
     again = Meshed()
     docker = manager(again)
@@ -451,6 +485,7 @@ def test_nodes_are_known_after_a_restart_before_networks_are_made_again(manager:
         docker("DiscoverNew", node("10.0.0.1", this=True))
     assert peers(again) == ["10.0.0.2", "10.0.0.4"]
     docker("DiscoverDelete", node("10.0.0.4"))
+    timers.end()
     assert again.since() == ["create_network", f"peer_left {NETWORK[:4]} 10.0.0.4"]
 
 
@@ -484,7 +519,7 @@ def test_a_node_whose_address_changes(manager: Manager) -> None:
     assert again.this_node == driver.this_node
 
 
-def test_a_node_is_there_until_the_last_of_its_address_has_left(manager: Manager) -> None:
+def test_a_node_is_there_until_the_last_of_its_address_has_left(manager: Manager, timers: Timers) -> None:
     """An engine that is killed and back at once joins as another node, and only then is the first one given up."""
     driver = Meshed()
     docker = manager(driver)
@@ -492,23 +527,26 @@ def test_a_node_is_there_until_the_last_of_its_address_has_left(manager: Manager
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverDelete", node("10.0.0.2"))
+    timers.end()
     assert peers(driver) == ["10.0.0.2"]
     docker("DiscoverDelete", node("10.0.0.2"))
+    timers.end()
     assert peers(driver) == []
 
 
-def test_who_is_told_anew_after_the_engine_restarted_is_counted_once(manager: Manager) -> None:
+def test_who_is_told_anew_after_the_engine_restarted_is_counted_once(manager: Manager, timers: Timers) -> None:
     driver = Meshed()
     for _ in range(3):
         docker = manager(driver)
         docker("DiscoverNew", node("10.0.0.1", this=True))
         docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverDelete", node("10.0.0.2"))
+    timers.end()
     assert peers(driver) == []
 
 
 def test_a_node_that_joins_another_swarm_forgets_those_of_the_last_one(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, timers: Timers
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(swarm, "time", SimpleNamespace(monotonic=lambda: now))
@@ -527,6 +565,7 @@ def test_a_node_that_joins_another_swarm_forgets_those_of_the_last_one(
     docker("DiscoverNew", this)
     assert peers(driver) == ["10.0.0.3", "10.0.0.4"]
     docker("DiscoverDelete", node("10.0.0.3"))
+    timers.end()
     assert peers(driver) == ["10.0.0.4"]
 
 
@@ -545,20 +584,80 @@ def test_a_network_that_cannot_be_told_is_brought_in_line(manager: Manager, capl
 
 
 @pytest.mark.parametrize(("method", "event", "left"), [("New", "joined", ["10.0.0.2"]), ("Delete", "left", [])])
-def test_a_plugin_that_is_killed_while_it_tells(manager: Manager, method: str, event: str, left: list[str]) -> None:
+def test_a_plugin_that_is_killed_while_it_tells(
+    manager: Manager, timers: Timers, method: str, event: str, left: list[str]
+) -> None:
     driver = Meshed()
     docker = manager(driver)
     docker("CreateNetwork", create_network())
     if method == "Delete":
         docker("DiscoverNew", node("10.0.0.2"))
     driver.fails = {f"peer_{event} {NETWORK[:4]} 10.0.0.2": Crash()}
+    step: Callable[[], object] = partial(docker, f"Discover{method}", node("10.0.0.2"))
+    if method == "Delete":
+        step()
+        step = timers.end
     with pytest.raises(Crash):
-        docker(f"Discover{method}", node("10.0.0.2"))
+        step()
     again = Meshed()
     docker = manager(again)
     assert again.seen == [left]
     docker(f"Discover{method}", node("10.0.0.2"))  # the engine's retry
     assert again.calls == ["create_network"]
+
+
+def test_a_lost_node_that_is_back_is_told_of_again(manager: Manager, timers: Timers) -> None:
+    """What was sent to it meanwhile it did not get; and who is back does not leave."""
+    driver = Meshed()
+    docker = manager(driver)
+    docker("CreateNetwork", create_network())
+    for address in ("10.0.0.2", "10.0.0.3"):
+        docker("DiscoverNew", node(address))
+    driver.since()
+    for address in ("10.0.0.2", "10.0.0.3"):
+        docker("DiscoverDelete", node(address))
+    docker("DiscoverNew", node("10.0.0.2"))
+    assert driver.since() == [f"peer_joined {NETWORK[:4]} 10.0.0.2"]
+    timers.end()
+    assert driver.since() == [f"peer_left {NETWORK[:4]} 10.0.0.3"]
+    docker("DiscoverDelete", node("10.0.0.2"))
+    timers.end()
+    assert driver.since() == [f"peer_left {NETWORK[:4]} 10.0.0.2"]
+    assert peers(driver) == []
+
+
+def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the timers of the library: one at a time."""
+    monkeypatch.setattr(swarm, "threading", threading)
+    monkeypatch.setattr(swarm, "_LOST", 0.1)
+    driver = Meshed()
+    docker = manager(driver)
+    for number in range(2, 20):
+        docker("DiscoverNew", node(f"10.0.0.{number}"))
+        docker("DiscoverDelete", node(f"10.0.0.{number}"))
+        threading.Event().wait(0.01)
+    assert sum(isinstance(thread, threading.Timer) for thread in threading.enumerate()) <= 1
+    wait_for(lambda: not driver.peers, "the end of them")
+    docker("DiscoverNew", node("10.0.0.2"))
+    docker("DiscoverDelete", node("10.0.0.2"))
+    manager(Meshed())  # the end of that one
+    threading.Event().wait(0.2)
+    assert peers(driver) == ["10.0.0.2"]
+
+
+def test_a_node_that_cannot_be_forgotten(
+    manager: Manager, timers: Timers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Meshed()
+    docker = manager(driver)
+    docker("DiscoverNew", node("10.0.0.2"))
+    docker("DiscoverDelete", node("10.0.0.2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "forget_node", lambda *_: 1 / 0)
+        timers.end()
+    assert "cannot be forgotten" in caplog.text
+    timers.end()
+    assert peers(driver) == []
 
 
 def test_a_network_that_is_being_made_is_told_afterwards(manager: Manager) -> None:
