@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +29,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.linux.watch import Made, Watch
 
@@ -39,6 +41,8 @@ _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _OF_THE_KERNEL = (2, 3, 4, 5)  # linux/rtnetlink.h: RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 # linux/rtnetlink.h: RT_TABLE_MAIN, RTN_UNREACHABLE, RT_SCOPE_LINK
 _MAIN, _UNREACHABLE, _ON_LINK = 254, 7, 253
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04  # linux/neighbour.h
+_ANY = "00:00:00:00:00:00"  # of the entries of a VXLAN for what it knows no other of (drivers/net/vxlan)
 _IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}  # linux/if_link.h
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
@@ -155,10 +159,21 @@ def ensure_vlan(name: str, parent: str, number: int) -> None:
     _netlink.run(_ensure_vlan, name, parent, number)
 
 
-def ensure_vxlan(name: str, vni: int, *, master: str | None = None, port: int = 4789, mtu: int | None = None) -> None:
-    """A VXLAN (RFC 7348) of this network identifier, up, that learns nothing by itself: whom to send to it is told.
+def ensure_vxlan(
+    name: str,
+    vni: int,
+    *,
+    master: str | None = None,
+    local: IPAddress | None = None,
+    port: int = 4789,
+    mtu: int | None = None,
+) -> None:
+    """A VXLAN (RFC 7348) of this network identifier, up: what enters it is sent to other hosts in UDP.
 
-    `master` is the bridge that it becomes a port of, `port` the UDP port that it listens on, `mtu` is in bytes.
+    It learns which host a MAC address is on from what comes from there; whom it sends to before it knows is told by
+    `ensure_flood`. `master` is the bridge that it becomes a port of, `local` this host's address that it sends from,
+    `port` the UDP port of all hosts, `mtu` is in bytes, of what is inside. Around that come 50 bytes, with IPv6 70.
+    If it exists with another `local` address or `port`, a new one replaces it.
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `master` or the kernel refuses,
     as where this identifier is in use.
@@ -168,7 +183,41 @@ def ensure_vxlan(name: str, vni: int, *, master: str | None = None, port: int = 
         raise InvalidRequest(f"vxlan {name}: {vni} is no network identifier")
     if master is not None:
         _check_name(master)
-    _netlink.run(_ensure_vxlan, name, vni, master=master, port=port, mtu=mtu)
+    _netlink.run(_ensure_vxlan, name, vni, master=master, local=local, port=port, mtu=mtu)
+
+
+def ensure_flood(name: str, peers: Iterable[IPAddress]) -> None:
+    """Have a VXLAN send to exactly these hosts what it does not know the host of, and broadcasts: a copy to each.
+
+    That is head-end replication. Raises `LinkError` if there is no VXLAN of this name or the kernel refuses, as it does
+    for an address of another IP version than the VXLAN's own.
+    """
+    _check_name(name)
+    _netlink.run(_ensure_flood, name, frozenset(map(str, peers)))
+
+
+def add_flood(name: str, peer: IPAddress) -> None:
+    """Have a VXLAN send such copies to this host, too. Raises as `ensure_flood`."""
+    _check_name(name)
+    _netlink.run(_change_flood, name, "append", str(peer))
+
+
+def delete_flood(name: str, peer: IPAddress) -> None:
+    """Have a VXLAN send no copies to this host any more; what it has learned to be there it forgets.
+
+    Raises as `ensure_flood`.
+    """
+    _check_name(name)
+    _netlink.run(_delete_flood, name, str(peer))
+
+
+def ensure_station(mac: str, port: str) -> None:
+    """Have a bridge know that this MAC address is behind its port, before a frame has come from there.
+
+    Raises `LinkError` if there is no such interface, it is no port of a bridge, or the kernel refuses.
+    """
+    _check_name(port)
+    _netlink.run(_ensure_station, mac, port)
 
 
 def attach(name: str, master: str) -> bool:
@@ -253,6 +302,11 @@ def describe(name: str) -> Link:
     """What the kernel knows of this interface. Raises `NotFound` if there is none of this name."""
     _check_name(name)
     return _netlink.run(_describe, name)
+
+
+def with_address(address: IPAddress) -> Link:
+    """The interface that has this address. Raises `NotFound` if none has it."""
+    return _netlink.run(_with_address, address)
 
 
 def occupied() -> tuple[IPv4Network | IPv6Network, ...]:
@@ -472,16 +526,81 @@ def _ensure_vlan(ipr: Any, name: str, parent: str, number: int) -> None:
         raise LinkError(cannot, error) from error
 
 
-def _ensure_vxlan(ipr: Any, name: str, vni: int, *, master: str | None, port: int, mtu: int | None) -> None:
+def _ensure_vxlan(
+    ipr: Any, name: str, vni: int, *, master: str | None, local: IPAddress | None, port: int, mtu: int | None
+) -> None:
     cannot = f"vxlan {name}: cannot create with identifier {vni}"
     port_of = None if master is None else _master(cannot, master)
+    version = "" if local is None or local.version == 4 else "6"
+    own = {} if local is None else {f"vxlan_local{version}": str(local)}
+    create = partial(_add, ipr, cannot, "vxlan", name, {("linkinfo", "data", "vxlan_id"): vni})
+    attributes = {"vxlan_id": vni, "vxlan_port": port, **own, **_given(mtu=mtu)}
     try:
-        same = {("linkinfo", "data", "vxlan_id"): vni}
-        attributes = {"vxlan_id": vni, "vxlan_port": port, "vxlan_learning": 0, **_given(mtu=mtu)}
-        _add(ipr, cannot, "vxlan", name, same, **attributes)
-        ipr.link("set", index=_index(name), state="up", **_given(master=port_of))
+        there = create(**attributes)
+        if there is not None and any(
+            there.get(("linkinfo", "data", key)) != value for key, value in {"vxlan_port": port, **own}.items()
+        ):
+            _delete(ipr, name)
+            there = create(**attributes)
+        index = _index(name)
+        ipr.link("set", index=index, state="up", **_given(master=port_of, mtu=mtu if there else None))
     except NetlinkError as error:
         raise LinkError(cannot, error) from error
+    if index is not None:
+        _watch.expect(name, Made(index, master=port_of))
+
+
+def _ensure_flood(ipr: Any, name: str, peers: frozenset[str]) -> None:
+    there = {entry.get("dst") for entry in _entries(ipr, name) if entry.get("lladdr") == _ANY}
+    for peer in peers - there:
+        _change_flood(ipr, name, "append", peer)
+    for peer in there - peers:
+        _delete_flood(ipr, name, peer)
+
+
+def _change_flood(ipr: Any, name: str, command: Literal["append", "del"], peer: str, mac: str = _ANY) -> None:
+    cannot = f"vxlan {name}: cannot {'add' if command == 'append' else 'delete'} the entry {mac} → {peer}"
+    try:
+        ipr.fdb(command, ifindex=_master(cannot, name), lladdr=mac, dst=peer)
+    except NetlinkError as error:
+        if command == "append" or error.code != errno.ENOENT:
+            raise LinkError(cannot, error) from error
+
+
+def _delete_flood(ipr: Any, name: str, peer: str) -> None:
+    for entry in _entries(ipr, name):
+        if entry.get("dst") == peer:
+            _change_flood(ipr, name, "del", peer, entry.get("lladdr"))
+
+
+def _entries(ipr: Any, name: str) -> Any:
+    cannot = f"vxlan {name}: cannot read its entries"
+    index = _master(cannot, name)
+    try:
+        # The kernel filters, as for addresses; see _describe.
+        return [entry for entry in ipr.fdb("dump", ifindex=index, dump_filter=None) if entry["ifindex"] == index]
+    except NetlinkError as error:
+        raise LinkError(cannot, error) from error
+
+
+def _ensure_station(ipr: Any, mac: str, port: str) -> None:
+    cannot = f"interface {port}: cannot be known as the port of {mac}"
+    try:
+        ipr.fdb("replace", ifindex=_master(cannot, port), lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+    except NetlinkError as error:
+        raise LinkError(cannot, error) from error
+
+
+def _with_address(ipr: Any, address: IPAddress) -> Link:
+    try:
+        for found in ipr.addr("dump", family=socket.AF_INET if address.version == 4 else socket.AF_INET6):
+            if (found.get("local") or found.get("address")) == str(address):
+                return _describe(ipr, socket.if_indextoname(found["index"]))
+    except NetlinkError as error:
+        raise LinkError("cannot read the host's addresses", error) from error
+    except OSError as error:  # gone meanwhile
+        raise NotFound(f"no interface has the address {address}: {error.strerror}") from error
+    raise NotFound(f"no interface of this host has the address {address}")
 
 
 def _add(

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
+from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.errors import Conflict, DriverError
 from netplugin_sdk.linux import links
+from netplugin_sdk.linux.announce import announce
 from netplugin_sdk.linux.links import LinkError
 
 T = TypeVar("T")
@@ -35,7 +36,6 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MS_BIND, _MNT_DETACH = 4096, 2  # sys/mount.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
-_ARP, _NEIGHBOUR_ADVERTISEMENT = 0x0806, 136
 _ANNOUNCED = 0.0, 1.0, 1.0  # seconds between: as engines do, since one may be lost
 _CARRIER = 1.0  # seconds in which an interface that is set up has its carrier
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -168,22 +168,27 @@ class Namespace:
                 raise
         addresses, routes = tuple(addresses), tuple(routes)
         try:
-            index, own = self.call(lambda: _configure(name, addresses, mac, routes))
+            own = self.call(lambda: _configure(name, addresses, mac, routes))
         except BaseException:
             with suppress(DriverError):
                 self.give_back(name, link)
             raise
         if len(own) == 6:  # else it is no Ethernet
             # Not waited for: the kernel takes 10 ms to close a packet socket (packet_release).
-            telling = partial(self._announce, name, index, own, addresses)
+            owners = dict.fromkeys((address.ip for address in addresses), MacAddress.from_bytes(own))
+            telling = partial(self._announce, name, owners)
             threading.Thread(target=telling, name="announcement", daemon=True).start()
 
-    def _announce(self, name: str, index: int, mac: bytes, addresses: tuple[IPInterface, ...]) -> None:
+    def _announce(self, name: str, owners: Mapping[IPAddress, MacAddress]) -> None:
+        def tell() -> None:
+            _wait_for_carrier(name)
+            announce(name, owners)
+
         for pause in _ANNOUNCED:
             time.sleep(pause)  # outside: who is inside keeps the namespace
             try:
-                self.call(lambda: _announce(name, index, mac, addresses))
-            except OSError:
+                self.call(tell)
+            except (OSError, DriverError):
                 return  # it is gone again
 
     def give_back(self, name: str, link: str) -> bool:
@@ -239,10 +244,8 @@ def _refused(what: str) -> Iterator[None]:
         raise LinkError(f"cannot {what}", error) from error
 
 
-def _configure(
-    name: str, addresses: tuple[IPInterface, ...], mac: str | None, routes: tuple[Route, ...]
-) -> tuple[int, bytes]:
-    """The index and the hardware address that it has then."""
+def _configure(name: str, addresses: tuple[IPInterface, ...], mac: str | None, routes: tuple[Route, ...]) -> bytes:
+    """The hardware address that it has then."""
     with IPRoute() as ipr:
         (index,) = ipr.link_lookup(ifname=name)
         with _refused(f"set the MAC address of {name} to {mac}"):
@@ -256,7 +259,7 @@ def _configure(
             ipr.link("set", index=index, state="up")
         _add_routes(ipr, routes)
         (link,) = ipr.link("get", index=index)
-    return index, bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", ""))
+    return bytes.fromhex((link.get_attr("IFLA_ADDRESS") or "").replace(":", ""))
 
 
 def _change_routes(remove: tuple[Route, ...], add: tuple[Route, ...]) -> None:
@@ -293,15 +296,6 @@ DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 """The destination of a default route, by IP version."""
 
 
-def _announce(name: str, index: int, mac: bytes, addresses: tuple[IPInterface, ...]) -> None:
-    _wait_for_carrier(name)
-    for address in addresses:
-        if address.version == 4:
-            _announce_ipv4(name, mac, address.ip)
-        else:
-            _announce_ipv6(index, mac, address.ip)
-
-
 def _wait_for_carrier(name: str) -> None:
     """What is sent earlier is lost. For a moment: it may never come."""
     until = time.monotonic() + _CARRIER
@@ -311,20 +305,3 @@ def _wait_for_carrier(name: str) -> None:
             if struct.unpack_from("16xH", found)[0] & _IFF_RUNNING:
                 return
             time.sleep(0.002)
-
-
-def _announce_ipv4(name: str, mac: bytes, address: IPAddress) -> None:
-    hardware, protocol, request = 1, 0x0800, 1
-    told = struct.pack("!HHBBH6s4s6x4s", hardware, protocol, 6, 4, request, mac, address.packed, address.packed)
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as packets:
-        packets.sendto(told, (name, _ARP, 0, 0, b"\xff" * 6))
-
-
-def _announce_ipv6(index: int, mac: bytes, address: IPAddress) -> None:
-    override, target_link_layer = 0x20000000, struct.pack("!BB6s", 2, 1, mac)
-    # The kernel fills in the checksum of ICMPv6 (RFC 3542).
-    message = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, override) + address.packed + target_link_layer
-    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as packets:
-        packets.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
-        packets.bind((str(address), 0))
-        packets.sendto(message, ("ff02::1", 0, 0, index))

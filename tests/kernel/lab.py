@@ -48,11 +48,15 @@ class Namespace:
     def adopt(self, link: str, *addresses: str, gateway: str | None = None) -> None:
         """Move an interface in here from the test's namespace and configure it, as the engine does with a Join's."""
         run("ip", "link", "set", link, "netns", self.path)
+        self.adopt_addresses(link, *addresses)
+        if gateway is not None:
+            self.run("ip", "route", "add", "default", "via", gateway)
+
+    def adopt_addresses(self, link: str, *addresses: str) -> None:
+        """Configure an interface that is in here."""
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", link, *(("nodad",) if ":" in address else ()))
         self.run("ip", "link", "set", link, "up")
-        if gateway is not None:
-            self.run("ip", "route", "add", "default", "via", gateway)
 
     def answering(self, *addresses: str, within: float = 0.2) -> set[str]:
         """Those of the addresses that answer a ping from here within so many seconds; all are tried at once."""

@@ -1,0 +1,56 @@
+"""What is said unasked of an address, as the kernel of who hears it understands it."""
+
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address
+
+import pytest
+
+from netplugin_sdk.addresses import MacAddress
+from netplugin_sdk.errors import NotFound
+from netplugin_sdk.linux.announce import announce
+from netplugin_sdk.linux.links import LinkError
+
+from .lab import Namespace, run
+
+pytestmark = pytest.mark.usefixtures("netns")
+
+OLD, NEW = MacAddress("02:42:0a:09:00:63"), MacAddress("02:42:0a:09:00:64")
+
+
+@pytest.mark.parametrize("address", ["10.9.0.2", "fd00:9::2"])
+def test_who_remembered_another_mac_address_learns_the_new_one(address: str) -> None:
+    neighbour = Namespace()
+    run("ip", "link", "add", "ve", "up", "type", "veth", "peer", "name", "eth0", "netns", neighbour.path)
+    neighbour.adopt_addresses("eth0", "10.9.0.1/24", "fd00:9::1/64")
+    neighbour.run("ip", "neighbour", "add", address, "lladdr", OLD, "dev", "eth0", "nud", "stale")
+    shown = ""
+    for _ in range(100):  # a link that is new hears no multicast yet
+        announce("ve", {ip_address(address): NEW})
+        shown = neighbour.run("ip", "neighbour", "show", address)
+        if NEW in shown:
+            break
+        time.sleep(0.02)
+    assert f"lladdr {NEW}" in shown
+    neighbour.close()
+
+
+def test_a_bridge_learns_where_it_came_from() -> None:
+    for end in ("ve", "vf"):
+        run("ip", "link", "add", "name", end, "up", "type", "veth", "peer", "name", f"{end}-br")
+    run("ip", "link", "add", "name", "br", "up", "type", "bridge")
+    for end in ("ve", "vf"):
+        run("ip", "link", "set", f"{end}-br", "up", "master", "br")
+    announce("ve", {ip_address("10.9.0.2"): NEW})
+    assert f"{NEW} dev ve-br master br" in run("bridge", "fdb", "show")
+    announce("vf", {ip_address("fd00:9::2"): NEW})
+    assert f"{NEW} dev vf-br master br" in run("bridge", "fdb", "show")
+
+
+def test_an_interface_that_is_not_there_or_down() -> None:
+    with pytest.raises(NotFound, match="there is no interface ve"):
+        announce("ve", {ip_address("10.9.0.2"): NEW})
+    run("ip", "link", "add", "ve", "type", "veth", "peer", "name", "vf")
+    with pytest.raises(LinkError, match="interface ve: cannot announce an address: Network is down"):
+        announce("ve", {ip_address("10.9.0.2"): NEW})
