@@ -394,9 +394,22 @@ class Network(_Record):
             data = {4: list[dict[str, Any]](), 6: list[dict[str, Any]]()}
             for pool in self._pools:
                 data[pool.version].append(pool.to_wire(self._space))
+            if self._is_global:
+                options[messages.GENERIC] = self._allocate_numbers(data[4], undo)
             request = {"NetworkID": self.id, "Options": options, "IPv4Data": data[4], "IPv6Data": data[6]}
             self.driver.call("CreateNetwork", request)
             undo.pop_all()
+
+    @property
+    def _is_global(self) -> bool:
+        return bool(self.driver.capabilities["Scope"] == "global")
+
+    def _allocate_numbers(self, data: Sequence[Mapping[str, Any]], undo: ExitStack) -> dict[str, str]:
+        """As the manager of a swarm of this one host: the driver's answer replaces the options (docs/swarm.md)."""
+        request = {"NetworkID": self.id, "Options": self._options, "IPv4Data": data, "IPv6Data": None}
+        answer = self.driver.call("AllocateNetwork", request)
+        undo.callback(self._try, self.driver, "FreeNetwork", {"NetworkID": self.id})
+        return dict(answer.get("Options") or {})
 
     def _skipped_gateways(self, options: Mapping[str, Any]) -> frozenset[int]:
         if not (self._controller.engine.checks_gateways and self.driver.capabilities.get("GwAllocChecker")):
@@ -478,6 +491,8 @@ class Network(_Record):
 
     def _delete(self) -> None:
         self.driver.call("DeleteNetwork", {"NetworkID": self.id})
+        if self._is_global:
+            self._try(self.driver, "FreeNetwork", {"NetworkID": self.id})
         for pool in self._pools:
             if self._ipam is None:
                 continue

@@ -78,6 +78,8 @@ class OverlayDriver(NetworkDriver[Options]):
     def create_network(self, network: Network[Options]) -> None:
         """Make bridge and VXLAN, and have it flood to exactly the peers."""
         options, bridge, vxlan = network.options, *_names(network)
+        if options.ipv6 is not None and options.ipv6.prefixlen > 96:
+            raise InvalidOption(f"option ipv6={options.ipv6}: at most 96 bits leave room for an IPv4 address")
         underlay, mtu = self._underlay(options)
         network.attach(Carried(mtu))
         links.ensure_bridge(bridge, mtu=mtu)
@@ -175,8 +177,6 @@ def _names(network: Network[Options]) -> tuple[str, str]:
 def _ipv6(options: Options, ipv4: int) -> IPv6Interface | None:
     if options.ipv6 is None:
         return None
-    if options.ipv6.prefixlen > 96:
-        raise InvalidOption(f"option ipv6={options.ipv6}: a prefix of at most 96 bits leaves room for an IPv4 address")
     return IPv6Interface((options.ipv6[ipv4], options.ipv6.prefixlen))
 
 

@@ -157,8 +157,10 @@ def expect(condition: object, otherwise: str) -> None:
 class Session:
     """What a check asks a plugin. What it makes is removed when it ends."""
 
-    def __init__(self, subject: Subject, implements: Sequence[str] = ()) -> None:
+    def __init__(self, subject: Subject, implements: Sequence[str] = (), *, is_global: bool = False) -> None:
         self.subject, self.implements = subject, implements
+        self.is_global = is_global
+        """Whether its networks are a swarm's."""
         self.conversation: list[Exchange] = []
         self._plugin = RemotePlugin(Address("plugin", subject.url, subject.tls), timeout=_TIMEOUT)
         self._undo: list[Callable[[], object]] = []
@@ -246,6 +248,12 @@ class Session:
                 made.subnet = self.subject.subnets[next(self._numbers) % len(self.subject.subnets)]
             gateway = f"{made.host(1)}/24"
             data = {"AddressSpace": "LocalDefault", "Pool": made.subnet, "Gateway": gateway}
+        if self.is_global:  # as the leader of a swarm's managers, whose answer replaces the options
+            self.later("FreeNetwork", NetworkID=made.id)
+            allocated = self.call(
+                "AllocateNetwork", NetworkID=made.id, Options=options[messages.GENERIC], IPv4Data=[data], IPv6Data=None
+            )
+            options[messages.GENERIC] = allocated.get("Options") or {}
         made.request = {"NetworkID": made.id, "Options": options, "IPv4Data": [data], "IPv6Data": []}
         self.later("DeleteNetwork", NetworkID=made.id)
         return made
@@ -350,26 +358,31 @@ def run(
     """Make all checks, or these, one after the other. `told` hears of each result."""
     from netplugin_sdk.testing.conformance.report import Report  # noqa: PLC0415
 
-    implements = _implements(subject)
+    implements, is_global = _implements(subject)
     results: dict[str, Result] = {}
     for each in CHECKS.values() if checks is None else checks:
-        results[each.id] = _make(each, subject, implements, results)
+        results[each.id] = _make(each, Session(subject, implements, is_global=is_global), results)
         told(results[each.id])
     return Report(subject, tuple(results.values()))
 
 
-def _implements(subject: Subject) -> tuple[str, ...]:
+def _implements(subject: Subject) -> tuple[tuple[str, ...], bool]:
+    """The kinds of driver that it is, and whether its networks are a swarm's."""
+    implements: tuple[str, ...] = ()
     with closing(Session(subject)) as session, suppress(Failed, TypeError, AttributeError):
-        return tuple(session.post("/Plugin.Activate", b"").content.get("Implements") or ())
-    return ()
+        implements = tuple(session.post("/Plugin.Activate", b"").content.get("Implements") or ())
+        if "NetworkDriver" in implements:
+            capabilities = session.post("/NetworkDriver.GetCapabilities", b"").content
+            return implements, capabilities.get("Scope") == "global"
+    return implements, False
 
 
-def _make(each: Check, subject: Subject, implements: Sequence[str], before: Mapping[str, Result]) -> Result:
+def _make(each: Check, session: Session, before: Mapping[str, Result]) -> Result:
     began = time.monotonic()
-    with closing(Session(subject, implements)) as session:
+    with closing(session):
         outcome, message = Outcome.PASSED, ""
         try:
-            if missing := _missing(each, subject, implements, before):
+            if missing := _missing(each, session.subject, session.implements, before):
                 raise Skipped(missing)
             each.step(session)
         except Skipped as why:
