@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 
 import pytest
@@ -413,6 +413,89 @@ def test_a_vxlan_is_a_port_of_its_bridge() -> None:
         links.ensure_vxlan("vx-u", 5000)
     with pytest.raises(InvalidRequest, match="16777216 is no network identifier"):
         links.ensure_vxlan("vx-u", 1 << 24)
+
+
+@pytest.mark.parametrize(("old", "new"), [("192.0.2.1", "192.0.2.2"), ("192.0.2.1", "2001:db8::1")])
+def test_a_vxlan_of_another_address_or_port_replaces_it(old: str, new: str) -> None:
+    def index() -> str:
+        return run("ip", "link", "show", "vx-t").split(":")[0]
+
+    links.ensure_vxlan("vx-t", 5000, local=ip_address(old))
+    first = index()
+    links.ensure_vxlan("vx-t", 5000, local=ip_address(old), mtu=1300)
+    assert index() == first
+    assert links.describe("vx-t").mtu == 1300
+    links.ensure_vxlan("vx-t", 5000, local=ip_address(new))
+    assert f"local {new} " in run("ip", "-details", "link", "show", "vx-t")
+    links.ensure_vxlan("vx-t", 5000, local=ip_address(new), port=4800)
+    assert "dstport 4800 " in run("ip", "-details", "link", "show", "vx-t")
+
+
+def entries(name: str) -> set[tuple[str, str]]:
+    """MAC address and host of each entry of a VXLAN."""
+    lines = [line.split() for line in run("bridge", "fdb", "show", "dev", name).splitlines()]
+    return {(line[0], line[line.index("dst") + 1]) for line in lines if "dst" in line}
+
+
+@pytest.mark.parametrize(
+    ("local", "peers"),
+    [
+        ("192.0.2.1", ["192.0.2.2", "192.0.2.3", "192.0.2.4"]),
+        ("2001:db8::1", ["2001:db8::2", "2001:db8::3", "2001:db8::4"]),
+    ],
+)
+def test_a_vxlan_floods_to_exactly_its_peers(local: str, peers: list[str]) -> None:
+    one, two, three = map(ip_address, peers)
+    everyone = "00:00:00:00:00:00"
+    for name, vni in (("vx-t", 5000), ("vx-u", 5001)):
+        links.ensure_vxlan(name, vni, local=ip_address(local))
+    links.ensure_flood("vx-u", [three])
+    for _ in range(2):
+        links.ensure_flood("vx-t", [one, two])
+    assert entries("vx-t") == {(everyone, str(one)), (everyone, str(two))}
+    for _ in range(2):
+        links.add_flood("vx-t", three)
+    run("bridge", "fdb", "add", MAC, "dev", "vx-t", "dst", str(one))
+    run("bridge", "fdb", "add", "02:42:0a:09:00:03", "dev", "vx-t", "dst", str(two))
+    for _ in range(2):
+        links.delete_flood("vx-t", one)
+    there = {("02:42:0a:09:00:03", str(two)), (everyone, str(two)), (everyone, str(three))}
+    assert entries("vx-t") == there, "what it knew of that one is forgotten"
+    links.ensure_flood("vx-t", [])
+    assert entries("vx-t") == set()
+    assert entries("vx-u") == {(everyone, str(three))}
+
+
+def test_a_vxlan_that_cannot_flood() -> None:
+    links.ensure_vxlan("vx-t", 5000, local=ip_address("192.0.2.1"))
+    with pytest.raises(LinkError, match="vxlan vx-t: cannot add the entry 00:00:00:00:00:00 → 2001:db8::2: "):
+        links.add_flood("vx-t", ip_address("2001:db8::2"))
+    for change in (links.add_flood, links.delete_flood):
+        with pytest.raises(LinkError, match=r"vxlan vx-u: cannot .*: No such device"):
+            change("vx-u", ip_address("192.0.2.2"))
+    with pytest.raises(LinkError, match="vxlan vx-u: cannot read its entries: No such device"):
+        links.ensure_flood("vx-u", [])
+
+
+def test_a_bridge_knows_what_is_behind_its_port() -> None:
+    links.ensure_bridge("br-t")
+    for name in ("ve-t", "ve-u"):
+        links.ensure_veth(name, f"{name}-c", master="br-t")
+        for _ in range(2):
+            links.ensure_station(MAC, name)
+        assert f"{MAC} dev {name} master br-t static" in run("bridge", "fdb", "show")
+    assert run("bridge", "fdb", "show").count(MAC) == 1, "it has moved"
+    with pytest.raises(LinkError, match=f"interface ve-x: cannot be known as the port of {MAC}: No such device"):
+        links.ensure_station(MAC, "ve-x")
+
+
+def test_the_interface_with_an_address() -> None:
+    links.ensure_bridge("br-t", addresses=[V4, V6], mtu=1400)
+    for address in (V4, V6):
+        assert links.with_address(address.ip) == links.describe("br-t")
+    for text in ("10.9.0.2", "fd00:9::2"):
+        with pytest.raises(NotFound, match=f"no interface of this host has the address {text}"):
+            links.with_address(ip_address(text))
 
 
 def test_a_macvlan_without_its_parent_is_refused() -> None:
