@@ -53,13 +53,15 @@ ENGINE_ADDRESS = "198.51.100.1"
 OUTSIDE_ADDRESS = "198.51.100.2"
 """IPv4 address of the outside host."""
 
-# The first process of the PID namespace. $1 is the lab's folder. It says "ready" and then reaps what is orphaned.
+# The first process of the PID namespace. $1 is the lab's folder, $3 the host's name. It says "ready" and then reaps
+# what is orphaned.
 _FIRST = f"""
 set -eu
 mount --make-rprivate /
 mount -t overlay overlay -o lowerdir=/var/lib,upperdir="$1/lib-upper",workdir="$1/lib-work" /var/lib
 mount -t tmpfs -o mode=755 tmpfs /run
 mount --make-shared /run
+echo "$3" > /proc/sys/kernel/hostname
 mkdir -p {_PLUGINS} /run/netns
 ip link set lo up
 ip netns add outside
@@ -226,14 +228,16 @@ class PrivateEngine:
     Args:
         version: one of `VERSIONS`.
         arguments: further ones for ``dockerd``.
+        hostname: of the engine's host.
 
     Raises:
         EngineUnavailable: it cannot be had here.
         EngineError: it did not start; the text ends with its log.
     """
 
-    def __init__(self, version: str = "26.1", arguments: Sequence[str] = ()) -> None:
+    def __init__(self, version: str = "26.1", arguments: Sequence[str] = (), hostname: str = "engine") -> None:
         self.version = version
+        self.hostname = hostname
         self._arguments = arguments
         image = root_file_system(version)
         labs = debian.cache() / "labs"
@@ -318,6 +322,11 @@ class PrivateEngine:
         return Path(f"/proc/{self._first_pid}/root/run")
 
     @property
+    def network_namespace(self) -> Path:
+        """That of the engine and of what runs beside it, as this process can reach it."""
+        return Path(f"/proc/{self._first_pid}/ns/net")
+
+    @property
     def api_socket(self) -> Path:
         """The socket of the engine's API, as this process can reach it."""
         return self.run_folder / "docker.sock"
@@ -382,10 +391,11 @@ class PrivateEngine:
     # ------------------------------------------------------------------------------------------------ namespaces
 
     def _start_namespaces(self) -> None:
-        unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        unshare = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
+        first = ["bash", "-c", _FIRST, "lab", str(self.folder), _ANCHOR, self.hostname]
         with (self.folder / "namespaces.log").open("wb") as errors:
             self._first = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", "-c", _FIRST, "lab", str(self.folder), _ANCHOR],
+                ["setpriv", "--pdeathsig", "KILL", *unshare, *first],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -400,7 +410,7 @@ class PrivateEngine:
         self._anchor = Path(f"/proc/{self._first_pid}/root/run/engine.pid").read_text().strip()
 
     def _prefix(self) -> list[str]:
-        return ["nsenter", f"--target={self._first_pid}", "--net", "--mount", "--pid", "--wd=/", "--"]
+        return ["nsenter", f"--target={self._first_pid}", "--net", "--mount", "--pid", "--uts", "--wd=/", "--"]
 
     def _engine_prefix(self) -> list[str]:
         path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
