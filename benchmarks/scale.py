@@ -9,7 +9,7 @@ its own with its state on disk; 1 000 nodes are 999 calls of DiscoverNew; entrie
 That node is measured twice: with the networks that it has by the placement, and with all of them. The other nodes are
 addresses behind a gateway that is not there: nothing leaves this machine.
 
-The real part needs root, and takes about six minutes; --model leaves it out. docs/scaling.md explains the figures.
+The real part needs root, and takes about eight minutes; --model leaves it out. docs/scaling.md explains the figures.
 """
 
 from __future__ import annotations
