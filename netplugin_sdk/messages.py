@@ -219,30 +219,32 @@ class IpamData(msgspec.Struct, frozen=True, kw_only=True):
     auxiliary_addresses: Mapping[str, IPInterface] = {}
 
     @classmethod
-    def _read_version(cls, version: int) -> Callable[[_Reader], IpamData]:
+    def _read_version(cls, *versions: int) -> Callable[[_Reader], IpamData]:
+        ip = f"IPv{' or IPv'.join(map(str, versions))}"
+
         def read(reader: _Reader) -> IpamData:
             def of_version(parse: Callable[[str], Any]) -> Callable[[str], Any]:
                 def parsed(text: str) -> Any:
                     value = _with_prefix(parse)(text)
-                    if value.version != version:
+                    if value.version not in versions:
                         raise ValueError(text)
                     return value
 
                 return parsed
 
-            pool = reader.parsed("Pool", of_version(_network), f"an IPv{version} network")
+            pool = reader.parsed("Pool", of_version(_network), f"an {ip} network")
             if pool is None:
-                raise reader.wrong("Pool", f"an IPv{version} network", "")
+                raise reader.wrong("Pool", f"an {ip} network", "")
             interface = of_version(ip_interface)
             auxiliary = reader.nested("AuxAddresses")
             return cls(
                 address_space=reader.text("AddressSpace"),
                 pool=pool,
-                gateway=reader.parsed("Gateway", interface, f"an IPv{version} address with prefix length"),
+                gateway=reader.parsed("Gateway", interface, f"an {ip} address with prefix length"),
                 auxiliary_addresses={
                     name: address
                     for name in reader.mapping("AuxAddresses")
-                    if (address := auxiliary.parsed(name, interface, f"an IPv{version} address")) is not None
+                    if (address := auxiliary.parsed(name, interface, f"an {ip} address")) is not None
                 },
             )
 
@@ -251,6 +253,7 @@ class IpamData(msgspec.Struct, frozen=True, kw_only=True):
 
 _read_ipv4_data = IpamData._read_version(4)
 _read_ipv6_data = IpamData._read_version(6)
+_read_any_data = IpamData._read_version(4, 6)
 
 
 class EndpointInterface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -415,11 +418,13 @@ class AllocateNetwork(msgspec.Struct, frozen=True):
 
     @classmethod
     def _read(cls, reader: _Reader) -> Self:
+        # A manager has the pools of both in IPv4Data (swarmkit, allocateDriverState).
+        data = (*reader.items("IPv4Data", _read_any_data), *reader.items("IPv6Data", _read_ipv6_data))
         return cls(
             reader.identifier("NetworkID"),
             reader.strings("Options"),
-            reader.items("IPv4Data", _read_ipv4_data),
-            reader.items("IPv6Data", _read_ipv6_data),
+            tuple(each for each in data if each.pool.version == 4),
+            tuple(each for each in data if each.pool.version == 6),
         )
 
 

@@ -395,7 +395,7 @@ class Network(_Record):
             for pool in self._pools:
                 data[pool.version].append(pool.to_wire(self._space))
             if self._is_global:
-                options[messages.GENERIC] = self._allocate_numbers(data[4], undo)
+                options[messages.GENERIC] = self._allocate_numbers([*data[4], *data[6]], undo)
             request = {"NetworkID": self.id, "Options": options, "IPv4Data": data[4], "IPv6Data": data[6]}
             self.driver.call("CreateNetwork", request)
             undo.pop_all()

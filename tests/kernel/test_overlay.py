@@ -266,6 +266,11 @@ def test_options_that_are_refused(host: Swarm, options: dict[str, str], said: st
     assert not [name for name in links.names() if name[:3] in ("ov-", "vx-")]
 
 
+def test_ipv6_that_engines_give_out_is_refused(host: Swarm) -> None:
+    with pytest.raises(RemoteError, match="each node gives out IPv6 addresses for itself: not --ipv6, but -o ipv6="):
+        host.lab.controller.create_network("lan", "overlay", ipv6=True)
+
+
 def test_options(host: Swarm) -> None:
     box = host.container(host.network(mtu="1400", port="4800"))
     assert "mtu 1400 " in box.run("ip", "link", "show", "eth0")

@@ -175,6 +175,10 @@ def test_allocate_network() -> None:
     assert (request.network_id, request.options) == ("8l5mkgx5w0sjr6vmvtn2sgz1m", {"a": "b"})
     assert [data.pool for data in request.ipv4_data] == [ip_network("10.123.0.0/24")]
     assert request.ipv6_data == ()
+    # of --ipv6 it puts the pools behind those of IPv4
+    request = read(m.AllocateNetwork, {**content, "IPv4Data": [*TWO_STACKS["IPv4Data"], *TWO_STACKS["IPv6Data"]]})
+    assert [data.pool for data in request.ipv4_data] == [ip_network("10.123.0.0/24")]
+    assert [data.pool for data in request.ipv6_data] == [ip_network("fd00:123::/64")]
 
 
 def test_create_endpoint() -> None:

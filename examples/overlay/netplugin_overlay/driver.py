@@ -16,6 +16,7 @@ from netplugin_sdk import (
     Endpoint,
     EndpointInterface,
     InvalidOption,
+    InvalidRequest,
     Join,
     MacAddress,
     Network,
@@ -80,6 +81,8 @@ class OverlayDriver(NetworkDriver[Options]):
         options, bridge, vxlan = network.options, *_names(network)
         if options.ipv6 is not None and options.ipv6.prefixlen > 96:
             raise InvalidOption(f"option ipv6={options.ipv6}: at most 96 bits leave room for an IPv4 address")
+        if any(subnet.version == 6 for subnet in network.subnets):
+            raise InvalidRequest("each node gives out IPv6 addresses for itself: not --ipv6, but -o ipv6=PREFIX")
         underlay, mtu = self._underlay(options)
         network.attach(Carried(mtu))
         links.ensure_bridge(bridge, mtu=mtu)
