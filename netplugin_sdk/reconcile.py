@@ -89,6 +89,8 @@ class Reconciler(Generic[OptionsT]):
         self._pause, self._repaired = _BURST, -math.inf
         self._missing: dict[str, float] = {}
         """What Docker did not list: since when."""
+        self._listing: set[str] = set()
+        """Engines that have listed something of ours, in this life of the plugin."""
 
     def start(self) -> None:
         """Before the first call."""
@@ -218,12 +220,12 @@ class Reconciler(Generic[OptionsT]):
         if self._driver.scope == Scope.GLOBAL:
             # An engine that is killed forgets a swarm's networks, and asks for those that it needs again.
             listed = {network_id for network_id in listed.intersection(self._networks) if docker.runs(network_id)}
-        known = 0
+        known = False
         missing: list[Network[OptionsT] | Endpoint] = []
         for network in tuple(self._networks.values()):
             before = network.attached(Listed)
             if network.id in listed:
-                known += 1
+                known = True
                 if before != Listed(engine):
                     with suppress(NotFound):
                         network.attach(Listed(engine))
@@ -232,8 +234,11 @@ class Reconciler(Generic[OptionsT]):
                 missing.append(network)
         now = time.monotonic()
         self._missing = {record.id: self._missing.get(record.id, now) for record in missing}
+        if known:
+            self._listing.add(engine)
         # Another engine may listen at that socket than the one that uses this plugin.
-        certain = [r for r in missing if known or (isinstance(r, Network) and r.attached(Listed) is not None)]
+        ours = engine in self._listing
+        certain = [r for r in missing if ours or (isinstance(r, Network) and r.attached(Listed) is not None)]
         for record in certain:
             if now - self._missing[record.id] >= _MISSING:
                 self._lifecycle.attempt("remove", record, partial(self._remove, record))

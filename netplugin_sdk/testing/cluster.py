@@ -68,6 +68,10 @@ class Host:
         _ip(inside, "address", "add", f"{self.address}/24", "dev", "eth1")
         _ip(inside, "address", "add", f"{self.address_ipv6}/64", "dev", "eth1", "nodad")
         _ip(inside, "link", "set", "eth1", "up")
+        # There is no registry and no resolver. An engine asks them for the image of each task of a service, and is to
+        # hear at once that it cannot: without an answer it waits for 20 s, and then takes the image that it has.
+        for version in ("-4", "-6"):
+            _ip(inside, version, "route", "delete", "default")
 
     def cut(self) -> None:
         """Take it off the common link, as if the cable were cut."""

@@ -201,6 +201,15 @@ def test_a_network_that_was_never_listed_is_removed_where_others_of_ours_are(eng
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
 
 
+def test_a_network_that_was_never_listed_is_removed_when_others_of_ours_were(engine: Listed, serve: Serve) -> None:
+    """It was forgotten with its engine, soon after its creation; the other network was removed meanwhile."""
+    driver, docker = served_and_listed(engine, serve)
+    docker("DeleteNetwork", of(NETWORK))
+    engine.networks = {}
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    wait_for(lambda: not driver.networks, "the removal")
+
+
 def test_another_engine_at_that_socket_removes_nothing(engine: Listed, serve: Serve) -> None:
     """It lists none of ours: whose networks they are it does not know."""
     driver = Recorder()
