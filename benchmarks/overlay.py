@@ -14,7 +14,7 @@ is that of the medians, `paired` the median of the rounds' ratios, with the inte
 (order statistics; under 6 rounds the interval is all there was and means little). "better" and "worse" are of
 netplugin-overlay, where the interval leaves out 1. `--control` measures Docker's against itself: what noise looks like.
 
-Needs root and what the tests' engines need. A run of 6 rounds takes 4 to 6 minutes. All hosts share this machine's
+Needs root and what the tests' engines need. A run of 6 rounds takes 3 to 5 minutes. All hosts share this machine's
 processors: throughput is what they can do, not what a wire could.
 """
 
@@ -269,6 +269,8 @@ def main() -> int:
     options = parser.parse_args()
     if min(options.rounds, options.seconds) < 1:
         parser.error("at least one round, and one second")
+    if options.plugin is not None and not (options.plugin / "config.json").is_file():
+        parser.error(f"{options.plugin} is not what netplugin bundle makes: it has no config.json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
     try:
         report = run(options)
@@ -278,7 +280,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\r\x1b[Kinterrupted; the engines are gone", file=sys.stderr)
         return 130
-    print(f"Docker Engine {report.version}, {report.machine}; one host measures another, three hosts in all")
+    print(f"Docker Engine {report.version}, {report.machine}; three hosts on this machine")
     for section in SECTIONS:
         print_section(report, section)
     if options.json:
