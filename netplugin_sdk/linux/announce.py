@@ -46,6 +46,26 @@ def announce(interface: str, owners: Mapping[IPAddress, MacAddress]) -> None:
         raise LinkError(f"interface {interface}: cannot announce an address", reason) from error
 
 
+def announce_to(
+    peer: IPAddress, owners: Mapping[IPAddress, MacAddress], *, vni: int, local: IPAddress, port: int = 4789
+) -> None:
+    """Say the same to one host only, in a VXLAN (RFC 7348) of this identifier: a datagram for each address.
+
+    `local` is the address of this host that the VXLAN sends from, `port` its UDP port. Who is there learns where the
+    MAC addresses are as from `announce`; all others are not bothered. Raises `LinkError` if it cannot send.
+    """
+    header = struct.pack("!BxxxI", 0x08, vni << 8)
+    family = socket.AF_INET if peer.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.bind((str(local), 0))
+            for address, mac in owners.items():
+                sender.sendto(header + frame(mac, address), (str(peer), port))
+    except OSError as error:
+        reason = OSError(error.errno, os.strerror(error.errno or 0))
+        raise LinkError(f"cannot announce addresses to {peer}", reason) from error
+
+
 def frame(mac: MacAddress, address: IPAddress) -> bytes:
     """The Ethernet frame that says that `address` is at `mac`."""
     if address.version == 4:

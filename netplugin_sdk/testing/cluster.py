@@ -144,7 +144,8 @@ class Cluster:
     def nodes(self) -> dict[str, str]:
         """The status of each node that the manager knows, by the name of its host: ``Ready``, ``Down`` …"""
         listed = self.hosts[0].engine.docker("node", "ls", "--format", "{{.Hostname}} {{.Status}}")
-        return dict(line.split() for line in listed.splitlines())
+        # A node that has only just joined has no name yet.
+        return {name: status for name, _, status in (line.rpartition(" ") for line in listed.splitlines())}
 
     def install_plugin(self, name: str, folder: Path) -> None:
         """``docker plugin create`` and ``enable`` on each host, of a folder that `netplugin bundle` made.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 
 import pytest
 
 from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.errors import NotFound
-from netplugin_sdk.linux.announce import announce
+from netplugin_sdk.linux import links
+from netplugin_sdk.linux.announce import announce, announce_to
 from netplugin_sdk.linux.links import LinkError
 
 from .lab import Namespace, run
@@ -46,6 +47,39 @@ def test_a_bridge_learns_where_it_came_from() -> None:
     assert f"{NEW} dev ve-br master br" in run("bridge", "fdb", "show")
     announce("vf", {ip_address("fd00:9::2"): NEW})
     assert f"{NEW} dev vf-br master br" in run("bridge", "fdb", "show")
+
+
+@pytest.mark.parametrize(("here", "there"), [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")])
+@pytest.mark.parametrize("address", ["10.9.0.2", "fd00:9::2"])
+def test_one_host_only_learns_it_by_a_vxlan(here: str, there: str, address: str) -> None:
+    """Where the MAC address is, of the VXLAN, and which one it is, of the neighbour."""
+    length = 64 if ":" in here else 24
+    other = Namespace()
+    run("ip", "link", "add", "ve", "up", "type", "veth", "peer", "name", "eth0", "netns", other.path)
+    run("ip", "address", "add", f"{here}/{length}", "dev", "ve", *(["nodad"] if ":" in here else []))
+    other.adopt_addresses("eth0", f"{there}/{length}")
+    zero = ["udp6zerocsumrx"] if ":" in here else []
+    other.run("ip", "link", "add", "vx", "type", "vxlan", "id", "70000", "dstport", "4800", "local", there, *zero)
+    other.adopt_addresses("vx", "10.9.0.1/24", "fd00:9::1/64")
+    other.run("bridge", "fdb", "add", NEW, "dev", "vx", "dst", f"{there}9", "self", "dynamic")
+    other.run("ip", "neighbour", "add", address, "lladdr", OLD, "dev", "vx", "nud", "stale")
+    known = ""
+    for _ in range(100):
+        announce_to(ip_address(there), {ip_address(address): NEW}, vni=70000, local=ip_address(here), port=4800)
+        known = other.run("bridge", "fdb", "show", "dev", "vx") + other.run("ip", "neighbour", "show", address)
+        if f"{NEW} dst {here} self" in known and f"lladdr {NEW}" in known:
+            break
+        time.sleep(0.02)
+    assert f"{NEW} dst {here} self" in known
+    assert f"lladdr {NEW}" in known
+    other.close()
+
+
+def test_a_host_that_cannot_be_told() -> None:
+    links.ensure_bridge("br", addresses=[ip_interface("192.0.2.1/24")])
+    for local, peer in (("192.0.2.1", "198.51.100.9"), ("192.0.2.3", "192.0.2.2"), ("192.0.2.1", "fd00::1")):
+        with pytest.raises(LinkError, match=f"cannot announce addresses to {peer}: "):
+            announce_to(ip_address(peer), {ip_address("10.9.0.2"): NEW}, vni=7, local=ip_address(local))
 
 
 def test_an_interface_that_is_not_there_or_down() -> None:

@@ -466,6 +466,15 @@ def test_a_vxlan_floods_to_exactly_its_peers(local: str, peers: list[str]) -> No
     assert entries("vx-u") == {(everyone, str(three))}
 
 
+def test_a_vxlan_with_many_peers() -> None:
+    links.ensure_vxlan("vx-t", 5000, local=ip_address("192.0.2.1"))
+    peers = [ip_address("10.0.0.1") + number for number in range(250)]
+    links.ensure_flood("vx-t", peers)
+    assert {peer for _, peer in entries("vx-t")} == set(map(str, peers))
+    with pytest.raises(LinkError, match="cannot add the entry 00:00:00:00:00:00 → fd00::1: "):
+        links.ensure_flood("vx-t", [*peers[:200], ip_address("10.1.0.1"), ip_address("fd00::1")])
+
+
 def test_a_vxlan_that_cannot_flood() -> None:
     links.ensure_vxlan("vx-t", 5000, local=ip_address("192.0.2.1"))
     with pytest.raises(LinkError, match="vxlan vx-t: cannot add the entry 00:00:00:00:00:00 → 2001:db8::2: "):

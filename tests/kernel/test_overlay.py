@@ -15,10 +15,11 @@ import pytest
 from netplugin_overlay.driver import OverlayDriver
 
 from netplugin_sdk import swarm
+from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.cnm.controller import Network
-from netplugin_sdk.errors import DriverError
-from netplugin_sdk.linux import links
+from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.linux import links, shortcut
 from netplugin_sdk.testing.conformance import Group, Outcome
 from netplugin_sdk.testing.conformance import run as run_checks
 from netplugin_sdk.testing.conformance.session import Session
@@ -26,7 +27,7 @@ from netplugin_sdk.testing.engine import wait_until
 from netplugin_sdk.testing.kit import HOST, HOST_IPV6, OUTSIDE, OUTSIDE_IPV6, Lab
 
 from ..unit.lab import Docker
-from .lab import run
+from .lab import SYSCTLS, run
 from .test_conformance import Running
 
 SUBNET = "10.1.0.0/24"
@@ -173,6 +174,56 @@ def test_a_bridge_knows_its_containers_before_they_speak(host: Swarm) -> None:
     host.container(host.network())
     shown = run("bridge", "fdb", "show")
     assert any(line.startswith("02:42:0a:01:00:02 dev ve-") and line.endswith(" static") for line in shown.splitlines())
+
+
+def drop_what_is_bridged() -> None:
+    (SYSCTLS / "bridge/bridge-nf-call-iptables").write_text("1")
+    run("iptables", "-I", "FORWARD", "-j", "DROP")
+
+
+def test_frames_to_known_stations_pass_by_the_firewall(host: Swarm) -> None:
+    host.make_remote()
+    network = host.network()
+    box, neighbour = host.container(network), host.container(network, "neighbour")
+    assert reaches(box, REMOTE)
+    assert reaches(box, "10.1.0.3")
+    drop_what_is_bridged()
+    assert reaches(box, REMOTE)
+    assert reaches(box, "10.1.0.3")
+    (table,) = run("nft", "list", "tables", "netdev").splitlines()
+    assert "02:42:0a:01:00:03" in run("nft", "list", *table.split())
+    neighbour.delete()
+    assert "02:42:0a:01:00:03" not in run("nft", "list", *table.split())
+    box.delete()
+    network.delete()
+    assert not run("nft", "list", "tables", "netdev")
+
+
+def test_without_nft_they_go_through_it(host: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise Unavailable("no nft here")
+
+    monkeypatch.setattr(shortcut, "run", missing)
+    host.make_remote()
+    network = host.network()
+    box = host.container(network)
+    host.container(network, "neighbour")
+    assert reaches(box, REMOTE)
+    assert reaches(box, "10.1.0.3")
+    drop_what_is_bridged()
+    assert not reaches(box, REMOTE)
+    assert not reaches(box, "10.1.0.3")
+
+
+def test_a_mac_address_of_the_users_own_is_reached(host: Swarm) -> None:
+    """By the bridge, which has learned it."""
+    host.make_remote()
+    network = host.network()
+    box, other = host.container(network), host.lab.controller.create_sandbox("other")
+    other.connect(network, mac=MacAddress("06:00:00:00:00:07"))
+    assert reaches(box, "10.1.0.3")
+    assert reaches(other, REMOTE)
+    host.lab.outside.run("ping", "-c1", "-W1", "10.1.0.3")
 
 
 # --------------------------------------------------------------------------------------------------------- who is not

@@ -27,8 +27,8 @@ from netplugin_sdk import (
     Unavailable,
 )
 from netplugin_sdk.addresses import IPAddress
-from netplugin_sdk.linux import firewall, links, sysctls
-from netplugin_sdk.linux.announce import announce
+from netplugin_sdk.linux import firewall, links, shortcut, sysctls
+from netplugin_sdk.linux.announce import announce, announce_to
 from netplugin_sdk.linux.firewall import Policy
 
 _log = logging.getLogger("netplugin_overlay")
@@ -90,6 +90,16 @@ class OverlayDriver(NetworkDriver[Options]):
                 sysctls.ensure(parameter, 1)  # else the host would have a link-local address in the network
         links.ensure_flood(vxlan, [peer for peer in self.peers if peer.version == underlay.version])
         firewall.ensure(Policy(bridge=bridge, network=network.id[:12], internal=True))
+        self._shorten(network)
+
+    def _shorten(self, network: Network[Options], *, without: Endpoint | None = None) -> None:
+        """Let frames between containers, and to and from the VXLAN, pass by bridge and firewall."""
+        ports = {
+            endpoint.mac_address: endpoint.interface_name("ve")
+            for endpoint in network.endpoints.values()
+            if endpoint.mac_address is not None and endpoint is not without
+        }
+        shortcut.ensure(network.interface_name("ov"), ports, network.interface_name("vx"))
 
     def _underlay(self, options: Options) -> tuple[IPAddress, int]:
         """This node's address, and the MTU that a network has on it."""
@@ -106,6 +116,7 @@ class OverlayDriver(NetworkDriver[Options]):
         """Remove both: the kernel takes its time."""
         bridge, vxlan = _names(network)
         firewall.delete(bridge)
+        shortcut.delete(bridge)
 
         def rest() -> None:
             links.delete(vxlan)
@@ -117,9 +128,15 @@ class OverlayDriver(NetworkDriver[Options]):
 
     def peer_joined(self, network: Network[Options], peer: Node) -> None:
         """Flood to it, too; and tell it where this node's containers are: it may remember them elsewhere."""
-        if self.this_node is not None and peer.address.version == self.this_node.address.version:
-            links.add_flood(network.interface_name("vx"), peer.address)
-            _tell(network, *network.endpoints.values())
+        this, options = self.this_node, network.options
+        if this is None or peer.address.version != this.address.version:
+            return
+        links.add_flood(network.interface_name("vx"), peer.address)
+        owners = _owners(*network.endpoints.values())
+        try:
+            announce_to(peer.address, owners, vni=options.vni, local=this.address, port=options.port)
+        except DriverError as error:  # it is gone again, and learns from what it is sent
+            _log.warning("%r: %s", network, error)
 
     def peer_left(self, network: Network[Options], peer: Node) -> None:
         """Flood to it no more, and forget what was there."""
@@ -142,6 +159,7 @@ class OverlayDriver(NetworkDriver[Options]):
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
         """Delete the pair, which has come back from the container."""
+        self._shorten(network, without=endpoint)
         return partial(links.delete, endpoint.interface_name("ve"))
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
@@ -163,6 +181,7 @@ class OverlayDriver(NetworkDriver[Options]):
         outside, mac = endpoint.interface_name("ve"), endpoint.mac_address
         if mac is not None and links.attach(outside, bridge):
             links.ensure_station(mac, outside)
+            self._shorten(network)
             _tell(network, endpoint)
 
     def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
@@ -180,14 +199,18 @@ def _ipv6(options: Options, ipv4: int) -> IPv6Interface | None:
     return IPv6Interface((options.ipv6[ipv4], options.ipv6.prefixlen))
 
 
-def _tell(network: Network[Options], *endpoints: Endpoint) -> None:
-    """Have the other nodes hear where these are. Not waited for."""
-    owners = {
+def _owners(*endpoints: Endpoint) -> dict[IPAddress, MacAddress]:
+    return {
         address.ip: endpoint.mac_address
         for endpoint in endpoints
         if endpoint.mac_address is not None
         for address in endpoint.addresses
     }
+
+
+def _tell(network: Network[Options], endpoint: Endpoint) -> None:
+    """Have all nodes hear where it is. Not waited for."""
+    owners = _owners(endpoint)
 
     def tell() -> None:
         for pause in _ANNOUNCED:
@@ -198,5 +221,4 @@ def _tell(network: Network[Options], *endpoints: Endpoint) -> None:
                 _log.debug("%r: %s", network, error)
                 return
 
-    if owners:
-        threading.Thread(target=tell, name="announcement", daemon=True).start()
+    threading.Thread(target=tell, name="announcement", daemon=True).start()
