@@ -1,4 +1,5 @@
 # make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host, or none: without Docker)
+# make demo-swarm  three hosts with an engine each: a swarm, and a network of netplugin-overlay on it, step by step (a minute)
 # make test   every check and every test, real engines included
 # make docs   build the documentation to build/docs, and hold it against itself: links, names, code (20 seconds)
 # make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
@@ -10,7 +11,7 @@ ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml $(wildcard examples/*/pyproject.toml)
 
-.PHONY: demo test test-once test-unit test-kernel lint audit bench bench-engine docs parity release clean
+.PHONY: demo demo-swarm test test-once test-unit test-kernel lint audit bench bench-engine docs parity release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +19,9 @@ help:
 
 demo: .venv/.run
 	@$(BIN)/python examples/demo.py --engine $(ENGINE)
+
+demo-swarm: .venv/.run
+	@$(BIN)/python examples/demo_swarm.py --engine $(ENGINE)
 
 #: Engines side by side: their tests wait more than they work. Not what looks whether this machine is as it was.
 ENGINES := 20.10 26.1 28.5

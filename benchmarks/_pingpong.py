@@ -1,4 +1,4 @@
-"""One byte there and one back over TCP, for engine.py, which runs both ends in network namespaces of its choice.
+"""One byte there and one back over TCP, for _traffic.py, which runs both ends in network namespaces of its choice.
 
     python _pingpong.py serve PORT
     python _pingpong.py call ADDRESS PORT SECONDS    prints the median of a round trip in microseconds, and how many

@@ -21,11 +21,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
-import os
 import platform
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -35,7 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _chart import Box, Drawing, Group, figure
+from _chart import Box, Drawing, Group
+from _figures import Report, Row, print_section
+from _traffic import IPERF, PONG, PROCESSORS, round_trip, serving, throughput
 
 from netplugin_sdk import DriverError
 from netplugin_sdk.testing.engine import (
@@ -49,105 +48,9 @@ from netplugin_sdk.testing.engine import (
     wait_until,
 )
 
-PROCESSORS = sorted(os.sched_getaffinity(0))
-PINGPONG = str(Path(__file__).with_name("_pingpong.py"))
 PLUGIN = "myplugin"
 SETTLE = 0.3  # seconds before the other driver's turn: what one leaves to the kernel is not to be paid by the other
 SAMPLES = 7  # of each operation at each size of `scale`
-
-
-# ---------------------------------------------------------------------------------------------------- the figures
-
-
-@dataclass
-class Row:
-    """One figure: a value for each contestant and round, in this order of rounds."""
-
-    section: str
-    name: str
-    unit: str = "ms"
-    at: int | None = None  # containers of a burst, networks of scale
-    paired: bool = True
-    more_is_better: bool = False
-    samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, contestant: str, value: float) -> None:
-        self.samples.setdefault(contestant, []).append(value)
-
-    def median(self, contestant: str) -> float | None:
-        values = self.samples.get(contestant)
-        return statistics.median(values) if values else None
-
-    def compare(self, first: str, second: str) -> Comparison:
-        """The second beside the first."""
-        a, b = self.median(first), self.median(second)
-        result = Comparison(b / a if a and b is not None else None)
-        if result.ratio is None or not self.paired:
-            return result
-        ratios = sorted(y / x for x, y in zip(self.samples[first], self.samples[second], strict=False))
-        result.paired = statistics.median(ratios)
-        skipped = outside_interval(len(ratios))
-        result.interval = ratios[skipped], ratios[-1 - skipped]
-        if len(ratios) >= 6 and not result.interval[0] <= 1 <= result.interval[1]:
-            result.verdict = "better" if (result.paired > 1) == self.more_is_better else "worse"
-        return result
-
-
-@dataclass
-class Comparison:
-    ratio: float | None
-    paired: float | None = None
-    interval: tuple[float, float] | None = None
-    verdict: str = ""
-
-
-def outside_interval(count: int) -> int:
-    """How many of so many sorted values to leave out at each end, for the interval to have the median with 95 %."""
-    skipped, below = 0, 0.5**count  # the chance that the median is under the smallest value
-    while True:
-        below += math.comb(count, skipped + 1) * 0.5**count
-        if below > 0.025:
-            return skipped
-        skipped += 1
-
-
-@dataclass
-class Report:
-    """What was measured on one engine."""
-
-    engine: str  # as asked for
-    version: str  # as it says
-    machine: str
-    contestants: Sequence[str]
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def row(self, section: str, name: str, **further: Any) -> Row:
-        """The row of this name, made where there is none."""
-        for row in self.rows:
-            if (row.section, row.name, row.at) == (section, name, further.get("at")):
-                return row
-        self.rows.append(Row(section, name, **further))
-        return self.rows[-1]
-
-    def of(self, section: str) -> list[Row]:
-        return [row for row in self.rows if row.section == section]
-
-    def to_json(self) -> dict[str, Any]:
-        return vars(self) | {
-            "rows": [
-                vars(row)
-                | {"median": {name: row.median(name) for name in self.contestants}}
-                | vars(row.compare(*self.contestants))
-                for row in self.rows
-            ]
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Report:
-        fields = Row.__dataclass_fields__
-        rows = [Row(**{key: row[key] for key in fields}) for row in content.pop("rows")]
-        return cls(**content, rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------- the engine
@@ -272,15 +175,6 @@ class Bench:
     def address(self, container: str, network: str) -> str:
         networks = self.docker.call("GET", f"/containers/{container}/json")["NetworkSettings"]["Networks"]
         return str(networks[network]["IPAddress"])
-
-    def iperf3(self, namespace: str, *arguments: str) -> list[str]:
-        """The command for the engine's own iperf3, in its root file system, in a network namespace."""
-        anchor = (self.engine.run_folder / "engine.pid").read_text().strip()
-        return ["nsenter", f"--mount=/proc/{anchor}/ns/mnt", f"--net={namespace}", "iperf3", *arguments]
-
-    @staticmethod
-    def pingpong(namespace: str, *arguments: str) -> list[str]:
-        return ["nsenter", f"--net={namespace}", sys.executable, PINGPONG, *arguments]
 
 
 # ------------------------------------------------------------------------------------------------------ operations
@@ -453,7 +347,6 @@ def one_more(docker: Timed, driver: str) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-IPERF, PONG = 5201, 7000
 OUTSIDE = "/run/netns/outside"
 
 
@@ -464,7 +357,8 @@ def data(bench: Bench) -> None:
         bench.report.row("data", path, unit="Gbit/s", more_is_better=True)
     for path in paths:
         bench.report.row("data", f"{path} round trip", unit="µs")
-    with serving(bench, OUTSIDE):
+    engine, seconds = bench.engine, bench.options.seconds
+    with serving(engine, OUTSIDE):
         for contestant in bench.turns(bench.options.data_rounds, "data"):
             docker = bench.docker
             docker.create_network("data", bench.drivers[contestant])
@@ -474,53 +368,16 @@ def data(bench: Bench) -> None:
             docker.start("client")
             client = bench.inside("client")
             ends = ((client, bench.address("server", "data")), (client, OUTSIDE_ADDRESS), (OUTSIDE, ENGINE_ADDRESS))
-            with serving(bench, bench.inside("server")):
+            with serving(engine, bench.inside("server")):
                 for path, (namespace, address) in zip(paths, ends, strict=True):
                     if namespace == OUTSIDE and not bench.publishes[contestant]:
                         continue
-                    trip = round_trip(bench, namespace, address)
+                    trip = round_trip(engine, namespace, address, seconds / 2)
                     bench.report.row("data", f"{path} round trip").add(contestant, trip)
-                    bench.report.row("data", path).add(contestant, throughput(bench, namespace, address))
+                    bench.report.row("data", path).add(contestant, throughput(engine, namespace, address, seconds))
             docker.remove("server")
             docker.remove("client")
             docker.remove_network("data")
-
-
-@contextlib.contextmanager
-def serving(bench: Bench, namespace: str) -> Iterator[None]:
-    with (
-        bench.engine.spawn("pingpong", bench.pingpong(namespace, "serve", str(PONG))) as pong,
-        bench.engine.spawn("iperf3", bench.iperf3(namespace, "--server", "--port", str(IPERF))) as iperf,
-    ):
-        yield
-        for server in (pong, iperf):
-            if not server.running:
-                raise EngineError(f"{server.name} ended by itself; its log:\n{server.log.read_text()}")
-
-
-def throughput(bench: Bench, namespace: str, address: str) -> float:
-    """Gbit/s that arrive."""
-    seconds = str(bench.options.seconds)
-    # The two ends on two processors: otherwise the figure is mostly about where the kernel put them.
-    processors = f"{PROCESSORS[-1]},{PROCESSORS[0]}"
-    command = bench.iperf3(namespace, "-c", address, "-p", str(IPERF), "-t", seconds, "-A", processors, "--json")
-    result: Any = {}
-    for _ in range(20):
-        done = bench.engine.run(command)
-        result = json.loads(done.stdout or "{}")
-        if "error" not in result and done.returncode == 0:
-            return float(result["end"]["sum_received"]["bits_per_second"]) / 1e9
-        time.sleep(0.1)  # not listening yet, or still with the test before
-    raise EngineError(f"iperf3 to {address}: {result.get('error') or done.stderr.strip()}")
-
-
-def round_trip(bench: Bench, namespace: str, address: str) -> float:
-    """Median, in microseconds."""
-    command = bench.pingpong(namespace, "call", address, str(PONG), str(bench.options.seconds / 2))
-    done = bench.engine.run(command)
-    if done.returncode != 0:
-        raise EngineError(f"round trips to {done.stderr.strip()}")
-    return float(done.stdout.split()[0])
 
 
 def check_publishing(bench: Bench, contestant: str) -> bool:
@@ -586,36 +443,11 @@ def measure(version: str, sections: Sequence[str], options: argparse.Namespace) 
 
 
 def print_report(report: Report) -> None:
-    first, second = report.contestants
     print(f"\nDocker Engine {report.version}, {report.machine}; times are of the engine's API")
     for section in SECTIONS:
-        rows = report.of(section)
-        if not rows:
-            continue
-        heading = {"burst": "containers", "scale": "networks"}.get(section, "")
-        print(
-            f"\n{section:32} {heading:>10} {'unit':>7} {first:>9} {second:>9} "
-            f"{'ratio':>6} {'paired':>7} {'95 % interval':>14} {'n':>4}"
-        )
-        for row in rows:
-            print(text_of(row, first, second))
+        print_section(report, section, {"burst": "containers", "scale": "networks"}.get(section, ""))
     for note in report.notes:
         print(f"\n{note}" if note is report.notes[0] else note)
-
-
-def text_of(row: Row, first: str, second: str) -> str:
-    compared = row.compare(first, second)
-    medians = [row.median(name) for name in (first, second)]
-    values = " ".join(f"{'-' if value is None else figure(value):>9}" for value in medians)
-    ratio = f"{compared.ratio:.2f}" if compared.ratio is not None else ""
-    paired = f"{compared.paired:.2f}" if compared.paired is not None else ""
-    interval = "{:.2f} - {:.2f}".format(*compared.interval) if compared.interval else ""
-    count = max((len(values) for values in row.samples.values()), default=0)
-    at = "" if row.at is None else str(row.at)
-    return (
-        f"{row.name:32} {at:>10} {row.unit:>7} {values} {ratio:>6} {paired:>7} {interval:>14} {count:4}  "
-        f"{compared.verdict}".rstrip()
-    )
 
 
 def draw(reports: Sequence[Report]) -> str:

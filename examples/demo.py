@@ -60,19 +60,19 @@ def say(text: str) -> None:
 
 
 class Shell:
-    """Shows a command as a user would type it, runs it, and shows what it prints."""
+    """Shows a command as a user would type it, behind the prompt of its host, runs it, and shows what it prints."""
 
-    def __init__(self, run: Callable[[list[str]], subprocess.CompletedProcess[str]]) -> None:
+    def __init__(self, run: Callable[[list[str]], subprocess.CompletedProcess[str]], host: str = "") -> None:
         self._run = run
+        self._prompt = f"{host}$"
 
     def __call__(self, command: str) -> str:
         """Run the command; raise `Stopped` if it fails."""
         return self.show(command, lambda: self._run(shlex.split(command)))
 
-    @staticmethod
-    def show(command: str, run: Callable[[], subprocess.CompletedProcess[str]]) -> str:
+    def show(self, command: str, run: Callable[[], subprocess.CompletedProcess[str]]) -> str:
         """The same, where what runs is not quite what is shown."""
-        print(f"{BOLD}$ {command}{RESET}", flush=True)
+        print(f"{BOLD}{self._prompt} {command}{RESET}", flush=True)
         done = run()
         print(done.stdout, end="", flush=True)
         if done.returncode != 0:
@@ -216,14 +216,15 @@ def main() -> int:
         "--engine", default="26.1", choices=[*VERSIONS, "host", "none"], help="which Docker (default: 26.1)"
     )
     engine = parser.parse_args().engine
+    steps = {"host": on_host, "none": without_docker}.get(engine, lambda: on_private_engine(engine))
+    return finish(steps)
+
+
+def finish(steps: Callable[[], None]) -> int:
+    """Run a demo's steps; the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        if engine == "host":
-            on_host()
-        elif engine == "none":
-            without_docker()
-        else:
-            on_private_engine(engine)
+        steps()
     except (Stopped, EngineError, EngineUnavailable, TimeoutError) as error:
         print(f"\nThe demo stopped: {error}", file=sys.stderr)
         return 1

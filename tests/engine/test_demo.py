@@ -1,9 +1,10 @@
-"""`make demo`: its steps work, and it leaves this machine as it was, however it ends."""
+"""`make demo`, `make demo-swarm`: their steps work, and they leave this machine as it was, however they end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from netplugin_sdk.testing.engine import PrivateEngine
 from .conftest import remove_all, state_of
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+SWARM = DEMO.with_name("demo_swarm.py")
 LABS = Path(os.environ.get("NETPLUGIN_CACHE", "/var/cache/netplugin-sdk")) / "labs"
 
 
@@ -191,3 +193,40 @@ def test_without_a_docker_of_ones_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "The demo stopped: there is no `docker` command here" in done.stderr
+
+
+def test_on_a_swarm() -> None:
+    """Each step is held against what it is to show by the demo itself."""
+    with unchanged_host():
+        done = subprocess.run([sys.executable, SWARM], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = ("nslookup web", "version 2 of replica-")
+    in_order(
+        done.stdout,
+        "$ netplugin bundle ",
+        "node-1$ docker network create --driver overlay-example:latest --scope swarm --attachable mynet",
+        "node-1$ docker service create",
+        "00:00:00:00:00:00 dev vx-",
+        *("nslookup web", "version 1 of replica-", "3 packets received"),
+        *("node-3$ docker run", "3 packets received"),
+        *("node-1$ docker service update", *asked),
+        *("docker service scale --detach web=9", *asked),
+        *("docker service scale --detach web=3", *asked),
+        *("docker network rm mynet", "node-3$ ip -brief link", "docker_gwbridge", "Done."),
+    )
+    assert "vx-" not in done.stdout.partition("# Nothing is left")[2]
+
+
+def test_a_swarms_step_that_fails(tmp_path: Path) -> None:
+    """The first one, here: there is no debootstrap. The one that is asked before is: this engine can be had."""
+    environment = {**os.environ, "PATH": f"{tmp_path}"}
+    for program in ("unshare", "nsenter", "ip"):
+        found = shutil.which(program)
+        assert found is not None
+        (tmp_path / program).symlink_to(found)
+    with unchanged_host():
+        done = subprocess.run([sys.executable, SWARM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("The demo stopped: `netplugin bundle")
+    assert "apt-get install debootstrap" in line
