@@ -35,7 +35,7 @@ SERVICE = (
 )
 # Address by address: of several, the C library always takes its own container's first (RFC 3484, rule 9).
 ASK_ALL = r"""sh -c 'for a in $(nslookup web | sed -n "s/^Address: *\(10[.0-9]*\)$/\1/p"); do wget -qO- $a; done'"""
-LEFT = "ip -brief link | grep -E '^(ov|vx|ve|vc)-'; (iptables-save; ip6tables-save) | grep netplugin"
+LEFT = "ip -brief link | grep -E '^(ov|vx|ve|vc)-'; (iptables-save; ip6tables-save; nft list tables) | grep netplugin"
 
 
 class Demo:
