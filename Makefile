@@ -6,12 +6,14 @@
 # make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
 # make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
 # make release  build wheel and sdist of the last commit twice, and compare them (a minute)
+# make bench-overlay  netplugin-overlay and Docker's overlay side by side, in a swarm of three engines (4 minutes)
+# make bench-scale  the overlay in a swarm of 1 000 nodes: a model, and one node of it for real (6 minutes)
 # make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
 ENGINE ?= 26.1
 BIN := .venv/bin
 SETUP_INPUT := tools/setup pyproject.toml $(wildcard examples/*/pyproject.toml)
 
-.PHONY: demo demo-swarm test test-once test-unit test-kernel lint audit bench bench-engine docs parity release clean
+.PHONY: demo demo-swarm test test-once test-unit test-kernel lint audit bench bench-engine bench-overlay bench-scale docs parity release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,7 +69,16 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/tracing.py
 
 bench-engine: .venv/.dev
+	@mkdir -p build
 	$(BIN)/python benchmarks/engine.py --engine $(ENGINE) --json build/engine-$(ENGINE).json --svg docs/engine-benchmark.svg
+
+bench-overlay: .venv/.dev
+	@mkdir -p build
+	$(BIN)/python benchmarks/overlay.py --engine $(ENGINE) --json build/overlay-$(ENGINE).json
+
+bench-scale: .venv/.dev
+	@mkdir -p build
+	$(BIN)/python benchmarks/scale.py --json build/scale.json --svg docs/pictures/scaling.svg
 
 parity: .venv/.dev
 	$(BIN)/python -m pytest tests/engine/parity --parity-table

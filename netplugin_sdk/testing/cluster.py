@@ -150,8 +150,10 @@ class Cluster:
     def install_plugin(self, name: str, folder: Path) -> None:
         """``docker plugin create`` and ``enable`` on each host, of a folder that `netplugin bundle` made.
 
-        Raises `EngineError` if Docker refuses it.
+        Raises `EngineError` if it is no such folder, or Docker refuses it.
         """
+        if not (folder / "config.json").is_file():
+            raise EngineError(f"{folder} has no config.json: it is no folder of `netplugin bundle`")
 
         def install(host: Host) -> None:
             copy = host.engine.folder / "data" / name
