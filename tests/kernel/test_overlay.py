@@ -267,8 +267,8 @@ def test_options_that_are_refused(host: Swarm, options: dict[str, str], said: st
 
 
 def test_ipv6_that_engines_give_out_is_refused(host: Swarm) -> None:
+    both = [Subnet.parse(SUBNET), Subnet.parse("fd00:1::/64")]
     with pytest.raises(RemoteError, match="each node gives out IPv6 addresses for itself: not --ipv6, but -o ipv6="):
-        both = [Subnet.parse(SUBNET), Subnet.parse("fd00:1::/64")]
         host.lab.controller.create_network("lan", "overlay", subnets=both, ipv6=True)
 
 
