@@ -173,6 +173,7 @@ class OverlayDriver(NetworkDriver[Options]):
         mtu = None if carried is None else carried.mtu
         links.ensure_veth(outside, inside, master=bridge, mtu=mtu, mac=endpoint.mac_address)
         self.restore_endpoint(network, endpoint)
+        self._shorten(network)
         return Join(inside, gateway_service=not network.internal)
 
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
@@ -184,7 +185,6 @@ class OverlayDriver(NetworkDriver[Options]):
         outside, mac = endpoint.interface_name("ve"), endpoint.mac_address
         if mac is not None and links.attach(outside, bridge):
             links.ensure_station(mac, outside)
-            self._shorten(network)
             _tell(network, endpoint)
 
     def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
