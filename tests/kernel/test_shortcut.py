@@ -1,4 +1,4 @@
-"""When a shortcut past a bridge is made anew, and what is left of it. tests/kernel/test_overlay.py sends frames by it."""
+"""When a shortcut past a bridge is made anew, and what is left of it; test_overlay.py sends frames by it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def bridge(netns: None) -> None:
 
 def handle() -> str:
     """Of the table: another one each time that it is made."""
-    return re.findall(r"table netdev \S+ \{ # handle (\d+)", run("nft", "-a", "list", "ruleset"))[0]
+    (found,) = re.findall(r"table netdev \S+ \{ # handle (\d+)", run("nft", "-a", "list", "ruleset"))
+    return str(found)
 
 
 def test_what_is_so_is_left_alone() -> None:
