@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 from ipaddress import IPv6Interface, IPv6Network
 from typing import Annotated, ClassVar
 
@@ -74,6 +73,9 @@ class OverlayDriver(NetworkDriver[Options]):
     # Docker's own overlay counts from 4096, and a VXLAN is known by port and number for all of a host.
     cluster_numbers: ClassVar[Mapping[str, range]] = {"vni": range(1 << 20, 1 << 24)}
 
+    def __init__(self) -> None:
+        self._shortening = threading.Lock()
+
     # -------------------------------------------------------------------------------------------------- networks
 
     def create_network(self, network: Network[Options]) -> None:
@@ -95,14 +97,19 @@ class OverlayDriver(NetworkDriver[Options]):
         firewall.ensure(Policy(bridge=bridge, network=network.id[:12], internal=True))
         self._shorten(network)
 
-    def _shorten(self, network: Network[Options], *, without: Endpoint | None = None) -> None:
-        """Let frames between containers, and to and from the VXLAN, pass by bridge and firewall."""
-        ports = {
-            endpoint.mac_address: endpoint.interface_name("ve")
-            for endpoint in network.endpoints.values()
-            if endpoint.mac_address is not None and endpoint is not without
-        }
-        shortcut.ensure(network.interface_name("ov"), ports, network.interface_name("vx"))
+    def _shorten(self, network: Network[Options]) -> None:
+        """Let frames between containers, and to and from the VXLAN, pass by bridge and firewall. Not waited for."""
+
+        def shorten() -> None:
+            with self._shortening:
+                ports = {
+                    endpoint.mac_address: endpoint.interface_name("ve")
+                    for endpoint in tuple(network.endpoints.values())
+                    if endpoint.mac_address is not None
+                }
+                shortcut.ensure(network.interface_name("ov"), ports, network.interface_name("vx"))
+
+        threading.Thread(target=shorten, name="shortcut").start()
 
     def _underlay(self, options: Options) -> tuple[IPAddress, int]:
         """This node's address, and the MTU that a network has on it."""
@@ -119,11 +126,12 @@ class OverlayDriver(NetworkDriver[Options]):
         """Remove both: the kernel takes its time."""
         bridge, vxlan = _names(network)
         firewall.delete(bridge)
-        shortcut.delete(bridge)
 
         def rest() -> None:
             links.delete(vxlan)
             links.delete(bridge)
+            with self._shortening:
+                shortcut.delete(bridge)
 
         return rest
 
@@ -162,8 +170,12 @@ class OverlayDriver(NetworkDriver[Options]):
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
         """Delete the pair, which has come back from the container."""
-        self._shorten(network, without=endpoint)
-        return partial(links.delete, endpoint.interface_name("ve"))
+
+        def rest() -> None:
+            links.delete(endpoint.interface_name("ve"))
+            self._shorten(network)
+
+        return rest
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the pair; the other nodes are told that the address is here now."""
