@@ -56,7 +56,7 @@ def delete(bridge: str) -> None:
 
 def _is_so(listed: str, ports: Mapping[MacAddress, str], uplink: str) -> bool:
     """Of an interface that was deleted the name is not listed any more."""
-    known = dict(re.findall(r'([0-9a-f]{2}(?::[0-9a-f]{2}){5}) : "([^"]+)"', listed))
+    known = dict(re.findall(r'ether daddr ([0-9a-f]{2}(?::[0-9a-f]{2}){5}) fwd to "([^"]+)"', listed))
     hooked = re.findall(r'hook ingress device "([^"]+)"', listed)
     return known == ports and sorted(hooked) == sorted((uplink, *ports.values())) and _beyond(uplink) in listed
 
@@ -68,9 +68,10 @@ def _beyond(uplink: str) -> str:
 
 def _text(bridge: str, ports: Mapping[MacAddress, str], uplink: str) -> str:
     table = _table(bridge)
-    known = ", ".join(f'{mac} : "{port}"' for mac, port in ports.items())
+    # A rule for each, and no map: one that a newer nft has made crashes that of Debian 12, which has it listed.
+    known = " ".join(f'ether daddr {mac} fwd to "{port}";' for mac, port in ports.items())
     chains = [
-        f"chain known {{ {f'fwd to ether daddr map {{ {known} }};' if known else ''} }}",
+        f"chain known {{ {known} }}",
         f"chain others {{ jump known; {_beyond(uplink)}; }}",
         _ingress(uplink, "known"),
         *(_ingress(port, "others") for port in ports.values()),
