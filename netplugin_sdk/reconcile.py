@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 from netplugin_sdk import losses
 from netplugin_sdk.background import Background, Inquiries
@@ -90,7 +90,7 @@ class Reconciler(Generic[OptionsT]):
         self._missing: dict[str, float] = {}
         """What Docker did not list: since when."""
         self._listing: set[str] = set()
-        """Engines that have listed something of ours, in this life of the plugin."""
+        """Engines that have listed something of ours, in this life of the plugin, or are this node's in its swarm."""
 
     def start(self) -> None:
         """Before the first call."""
@@ -215,9 +215,11 @@ class Reconciler(Generic[OptionsT]):
         self._compare_with_docker(_TOLD)
 
     def _compare(self, docker: Docker) -> bool:
-        engine = docker.call("GET", "/info")["ID"]
-        listed = set(docker.networks())
+        info = docker.call("GET", "/info")
+        engine, listed = info["ID"], set(docker.networks())
         if self._driver.scope == Scope.GLOBAL:
+            if self._is_this_node(info):
+                self._listing.add(engine)
             # An engine that is killed forgets a swarm's networks, and asks for those that it needs again.
             listed = {network_id for network_id in listed.intersection(self._networks) if docker.runs(network_id)}
         known = False
@@ -245,6 +247,10 @@ class Reconciler(Generic[OptionsT]):
         soon = any(record.id in self._missing for record in certain)
         self._compare_with_docker(_MISSING if soon else _EVERY)
         return True
+
+    def _is_this_node(self, info: Mapping[str, Any]) -> bool:
+        this = self._driver.this_node
+        return this is not None and info.get("Swarm", {}).get("NodeAddr") == str(this.address)
 
     def _unknown_endpoints(self, network: Network[OptionsT], docker: Docker) -> list[Endpoint]:
         ours = [endpoint for endpoint in tuple(network.endpoints.values()) if endpoint.row.intent is None]

@@ -58,6 +58,8 @@ class Listed:
     id: str = "engine 1"
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
     """Each with its endpoints → what it is listed under: a container, or ``ep-…``."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What else it says of itself."""
     elsewhere: set[str] = field(default_factory=set)
     """Networks of other nodes of the swarm, which a manager lists, too."""
     pools: dict[str, str] = field(default_factory=dict)
@@ -83,7 +85,7 @@ def answers(listed: Listed) -> type[BaseHTTPRequestHandler]:
         def answer(self, url: Any) -> tuple[int, Any]:
             match ["broken"] if listed.broken else url.path.split("/")[1:]:
                 case ["info"]:
-                    return 200, {"ID": listed.id}
+                    return 200, {"ID": listed.id, **listed.info}
                 case ["networks"]:
                     pools = ({"Id": pool, "Scope": "local", "IPAM": {"Driver": "pools"}} for pool in listed.pools)
                     default = {"Scope": "local", "IPAM": {"Driver": "default"}}
@@ -271,6 +273,22 @@ def test_a_swarms_network_that_this_node_has_no_more_is_removed(engine: Listed, 
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
     assert [call for call in driver.calls if call.startswith("delete")] == ["delete_endpoint", "delete_network"]
     assert stays(lambda: set(driver.networks) == {OTHER_NETWORK})
+
+
+@pytest.mark.parametrize(("address", "is_removed"), [("10.0.0.1", True), ("10.0.0.2", False)])
+def test_a_swarms_network_that_was_never_listed_is_removed_by_its_node(
+    engine: Listed, serve: Serve, address: str, is_removed: bool
+) -> None:
+    """Its engine, which was killed soon after its creation, says that it is the node that the plugin is on."""
+    driver = Swarm()
+    docker = serve(driver)
+    docker("DiscoverNew", {"DiscoveryType": 1, "DiscoveryData": {"Address": "10.0.0.1", "Self": True}})
+    engine.info = {"Swarm": {"NodeAddr": address}}
+    docker("CreateNetwork", create_network())
+    if is_removed:
+        wait_for(lambda: not driver.networks, "the removal")
+    else:
+        assert stays(lambda: driver.networks)
 
 
 def test_a_swarms_network_that_is_asked_for_again_stays(
