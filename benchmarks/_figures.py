@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,3 +128,12 @@ def text_of(row: Row, first: str, second: str) -> str:
         f"{row.name:32} {at:>10} {row.unit:>7} {values} {ratio:>6} {paired:>7} {interval:>14} {count:4}  "
         f"{compared.verdict}".rstrip()
     )
+
+
+def turns(contestants: Sequence[str], rounds: int, say: Callable[[str], None], settle: float) -> Iterator[str]:
+    """The contestants in turn, so many times, in one order and then in the other, `settle` seconds after each."""
+    for number in range(rounds):
+        for contestant in contestants[:: -1 if number % 2 else 1]:
+            say(f"round {number + 1} of {rounds}, {contestant}")
+            yield contestant
+            time.sleep(settle)

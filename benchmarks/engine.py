@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from _chart import Box, Drawing, Group
-from _figures import Report, Row, print_section
+from _figures import Report, Row, print_section, turns
 from _traffic import IPERF, PONG, PROCESSORS, round_trip, serving, throughput
 
 from netplugin_sdk import DriverError
@@ -127,11 +127,7 @@ class Bench:
 
     def turns(self, rounds: int, what: str) -> Iterator[str]:
         """The contestants in turn, so many times, in one order and then in the other."""
-        for number in range(rounds):
-            for contestant in list(self.drivers)[:: -1 if number % 2 else 1]:
-                self.say(f"{what}, round {number + 1} of {rounds}, {contestant}")
-                yield contestant
-                time.sleep(SETTLE)
+        return turns(list(self.drivers), rounds, lambda text: self.say(f"{what}, {text}"), SETTLE)
 
     def at_once(self, work: Sequence[Callable[[Timed], object]], workers: int | None = None) -> float:
         """Do all of it, each in a thread with a connection of its own, or by so many workers; milliseconds."""

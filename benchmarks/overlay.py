@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _figures import Report, print_section
+from _figures import Report, print_section, turns
 from _traffic import PROCESSORS, round_trip, serving, throughput
 
 from netplugin_sdk import DriverError
@@ -108,11 +108,7 @@ class Bench:
 
     def turns(self, rounds: int, what: str) -> Iterator[str]:
         """The contestants in turn, so many times, in one order and then in the other."""
-        for number in range(rounds):
-            for contestant in list(self.drivers)[:: -1 if number % 2 else 1]:
-                self.say(f"{what}, round {number + 1} of {rounds}, {contestant}")
-                yield contestant
-                time.sleep(SETTLE)
+        return turns(list(self.drivers), rounds, lambda text: self.say(f"{what}, {text}"), SETTLE)
 
     def measure(self) -> None:
         for name, unit, more in (("throughput", "Gbit/s", True), ("round trip", "µs", False)):

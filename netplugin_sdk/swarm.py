@@ -29,9 +29,7 @@ _log = logging.getLogger("netplugin_sdk")
 
 _DONE = b"{}"
 _ONE_START = 60.0  # seconds within which what is told belongs to one start of the engine's network agent
-_LOST = (
-    120.0  # seconds until a lost node has left: a manager that restarts alone is found by the workers after up to 60
-)
+_LOST = 120.0  # seconds until a lost node has left: workers find a manager that restarts alone after up to 60
 _NEVER = float("inf")
 
 
