@@ -35,7 +35,7 @@ from netplugin_sdk.messages import (
 )
 from netplugin_sdk.options import DriverOptions
 from netplugin_sdk.plugin import Plugin
-from netplugin_sdk.server import Server, TLSFiles, serve
+from netplugin_sdk.server import Server, TLSFiles, run, serve
 from netplugin_sdk.state import Endpoint, Network, Sandbox
 
 __all__ = [
@@ -78,5 +78,6 @@ __all__ = [
     "TransportProtocol",
     "Unavailable",
     "Unsupported",
+    "run",
     "serve",
 ]

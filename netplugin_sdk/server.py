@@ -38,7 +38,7 @@ import msgspec
 from netplugin_sdk.calls import Call
 from netplugin_sdk.docker import SOCKET
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
-from netplugin_sdk.errors import Conflict, Unavailable
+from netplugin_sdk.errors import Conflict, DriverError, Unavailable
 from netplugin_sdk.plugin import CONTENT_TYPE, Answer, Plugin, refusal
 from netplugin_sdk.tracing import trace_calls
 
@@ -994,6 +994,31 @@ def serve(
         _log.info("%s serves %s on %s", name, " and ".join(type(driver).__name__ for driver in drivers), where)
         server.run()
     _log.info("%s stopped", name)
+
+
+def run(
+    *drivers: Callable[[], NetworkDriver[Any] | IpamDriver], name: str, program: str | None = None, description: str
+) -> None:
+    """The command line of a plugin: ``--name``, ``--log-format`` and ``--help``, and then `serve`.
+
+    What keeps it from starting is one line on standard error, and exit status 1; a wrong argument is status 2.
+
+    Args:
+        *drivers: a class, or a function without arguments, for each driver that `serve` shall have.
+        name: the plugin's name, unless the command line gives another.
+        program: what the command is called, else as `name`.
+        description: of the driver, for ``--help``: a sentence.
+    """
+    import argparse  # noqa: PLC0415  # 6 ms that only programs need
+
+    parser = argparse.ArgumentParser(prog=program or name, description=description)
+    parser.add_argument("--name", default=name, help="name of the driver for docker (default: %(default)s)")
+    parser.add_argument("--log-format", choices=["text", "json"], default="text", help="form of the log on stderr")
+    arguments = parser.parse_args()
+    try:
+        serve(*(make() for make in drivers), name=arguments.name, log_format=arguments.log_format)
+    except (DriverError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 def check_name(name: str) -> None:

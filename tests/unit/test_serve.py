@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import serve
+from netplugin_sdk import Conflict, Unavailable, run, serve, server
+from netplugin_sdk.ipam import PoolIpamDriver
 
 from .serving import NETWORK, TIMEOUT, Echo, Process, connect_tcp, connect_unix, echo, post, process, wait_for
 
@@ -340,3 +341,58 @@ def test_a_request_that_is_none_is_logged_in_one_line(tmp_path: Path) -> None:
         wait_for(lambda: any(line["level"] == "WARNING" for line in log_of(plugin)), "the line")
         (line,) = (line for line in log_of(plugin) if line["level"] == "WARNING")
         assert "refused a request" in line["message"]
+
+
+# The command line
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, make: Any = Echo, refused: Exception | None = None
+) -> Any:
+    """What `serve` is called with by a plugin's command, or what its status is."""
+    called: list[Any] = []
+
+    def serving(*drivers: Any, **given: Any) -> None:
+        if refused is not None:
+            raise refused
+        called.append((*(type(driver) for driver in drivers), given))
+
+    monkeypatch.setattr(server, "serve", serving)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/anything", *arguments])
+    try:
+        run(make, PoolIpamDriver, name="lan", program="netplugin-lan", description="A LAN: 100 % of it.")
+    except SystemExit as ended:
+        assert not called
+        return ended.code
+    (call,) = called
+    return call
+
+
+def test_a_command_serves_its_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch) == (Echo, PoolIpamDriver, {"name": "lan", "log_format": "text"})
+    given = command(monkeypatch, "--name", "other", "--log-format", "json")
+    assert given == (Echo, PoolIpamDriver, {"name": "other", "log_format": "json"})
+
+
+def test_a_command_tells_how_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: netplugin-lan ")
+    assert "A LAN: 100 % of it." in said
+    assert "(default: lan)" in said
+    assert command(monkeypatch, "--nmae", "x") == 2
+    assert "netplugin-lan: error: unrecognized arguments: --nmae x" in capsys.readouterr().err
+
+
+def test_a_command_that_cannot_start_says_why_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Echo:
+        raise Unavailable("the kernel has no macvlan")
+
+    assert command(monkeypatch, refused=Conflict("/run/s.sock is already served by pid 7")) == 1
+    assert command(monkeypatch, make=broken) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "netplugin-lan: /run/s.sock is already served by pid 7",
+        "netplugin-lan: the kernel has no macvlan",
+    ]
