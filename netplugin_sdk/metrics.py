@@ -35,7 +35,6 @@ from itertools import accumulate
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from netplugin_sdk import calls
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.plugin import Answer, Answerer, Plugin
 
@@ -98,12 +97,13 @@ class _Metrics:
                 given = answer(path, body)
             finally:
                 running.discard(thread)
-            self._count(path[1:], 503 if calls.is_given_up() else given.status, given)
+            self._count(path[1:], given)
             return given
 
         return measure
 
-    def _count(self, method: str, status: int, given: Answer) -> None:
+    def _count(self, method: str, given: Answer) -> None:
+        status = given.status
         if method not in self._durations:
             method = "unknown"
         with self._lock:

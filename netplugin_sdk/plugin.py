@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from netplugin_sdk import messages
-from netplugin_sdk.calls import Call
+from netplugin_sdk.calls import Call, is_given_up
 from netplugin_sdk.database import Folder
 from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
@@ -163,6 +163,8 @@ class Plugin:
             _log.exception("%s failed", method)
             text = _line(error)
             answer = refusal(500, f"{type(error).__name__}: {text}" if text else type(error).__name__, call)
+        if is_given_up():  # the engine has its answer; this one is for the log, and for who measures
+            answer = refusal(503, answer.error or f"{method} took too long", call)
         call["ms"] = round((time.perf_counter() - started) * 1000, 2)
         return answer
 

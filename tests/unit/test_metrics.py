@@ -204,7 +204,7 @@ def test_a_call_that_was_given_up_counts_as_what_the_engine_was_told() -> None:
     with Plugin(Echo()) as plugin, exporting(plugin, "echo", "127.0.0.1", port):
         call = Call()
         assert call.give_up()
-        assert plugin.handle("/NetworkDriver.GetCapabilities", b"", call).status == 200
+        assert plugin.handle("/NetworkDriver.GetCapabilities", b"", call).status == 503
         found = Scrape(port)
     assert found.all("calls_total") == {("NetworkDriver.GetCapabilities", "503"): 1}
     assert found.all("call_errors_total") == {("NetworkDriver.GetCapabilities",): 1}
