@@ -183,7 +183,7 @@ def test_without_docker() -> None:
         "myplugin stopped",
         "Done.",
     )
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_without_a_docker_of_ones_own(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from .crash_lab import (
 )
 from .drivers import CALL_TIME
 
-SOON = 4.0
+SOON = 10.0
 """Seconds: a repair is done after half a second, if nobody else wants the processors."""
 WEB, CLIENT = Box("web", "red", 8080), Box("client", "red")
 

@@ -257,7 +257,7 @@ def test_without_a_server_one_line_says_so_and_nothing_is_left(stage: Stage) -> 
     stage.ask("CreateNetwork", network(bridge="br0", timeout="1.5"))
     began = time.monotonic()
     assert stage.ask.refused("CreateEndpoint", endpoint()) == (503, "no DHCP server answered on br0 within 1.5 s")
-    assert 1.4 < time.monotonic() - began < 2.5
+    assert 1.4 < time.monotonic() - began < 5
     assert nothing_left()
 
 

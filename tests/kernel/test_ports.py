@@ -177,7 +177,7 @@ def test_a_thousand_ports() -> None:
     published = ports.publish("a", [p(n, n) for n in range(8000, 9000)], addresses=BOTH)
     assert len(published) == 2000
     ports.release("a")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert free(8000)
     assert free(8999)
 

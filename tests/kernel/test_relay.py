@@ -564,7 +564,7 @@ def test_publishing_does_not_wait_for_it(serve: Callable[..., socket.socket]) ->
     os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
     publish(8081, owner="b")
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 3
     threading.Timer(0.1, os.kill, (pid, signal.SIGCONT)).start()
     assert ask("127.0.0.1", 8081) == b"hello"
 
