@@ -513,7 +513,7 @@ class Running:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(self._command, stderr=self._log)
-        wait_until(lambda: listens(self.socket) or self._process.poll() is not None, 10)
+        wait_until(lambda: listens(self.socket) or self._process.poll() is not None, 20)
         assert self._process.poll() is None, Path(self._log.name).read_text()
 
     def restart(self) -> None:

@@ -103,7 +103,7 @@ def reaches(sandbox: Sandbox, target: str, *options: str) -> bool:
 def soon_reaches(sandbox: Sandbox, target: str, *options: str) -> bool:
     """A bridge forwards for a port that is new only once the kernel has heard of its carrier, up to a second later."""
     with suppress(TimeoutError):
-        wait_until(lambda: reaches(sandbox, target, *options), 5)
+        wait_until(lambda: reaches(sandbox, target, *options), 20)
         return True
     return False
 
@@ -124,7 +124,7 @@ def test_a_container_and_one_on_another_host(lab: Lab, this: str, peer: str, mtu
     (address,) = [line.split()[3] for line in box.run("ip", "-4", "-o", "address", "show", "eth0").splitlines()]
     inside = int(ip_address(address.split("/")[0]))
     assert f"{ip_address('fd00:1::') + inside}/64" in box.run("ip", "-6", "address", "show", "eth0")
-    wait_until(lambda: reaches(box, "fd00:1::63"), 5)
+    wait_until(lambda: reaches(box, "fd00:1::63"), 20)
     lab.outside.run("ping", "-c1", "-W1", address.split("/")[0])
 
 
@@ -147,7 +147,7 @@ def test_who_has_left_is_sent_nothing(host: Swarm, monkeypatch: pytest.MonkeyPat
     assert soon_reaches(box, REMOTE)
     host.docker("DiscoverDelete", node(PEER))
     assert soon_reaches(box, REMOTE), "it may be back"
-    wait_until(lambda: not host.flooded(), 5)
+    wait_until(lambda: not host.flooded(), 20)
     assert f"dst {PEER}" not in run("bridge", "fdb", "show", "dev", host.vxlan())
     host.docker("DiscoverNew", node(PEER))
     assert soon_reaches(box, REMOTE)
@@ -166,13 +166,13 @@ def test_an_address_that_was_on_another_host_is_found_here(host: Swarm) -> None:
 
     outside("bridge", "fdb", "replace", *entry, "198.51.100.9", "self", "dynamic")
     box = host.container(network)
-    wait_until(lambda: known() == THIS, 5)
+    wait_until(lambda: known() == THIS, 20)
     assert soon_reaches(box, REMOTE)
-    wait_until(lambda: not announcing(), 5)
+    wait_until(lambda: not announcing(), 20)
     outside("bridge", "fdb", "replace", *entry, "198.51.100.9", "self", "dynamic")
     host.docker("DiscoverDelete", node(PEER))
     host.docker("DiscoverNew", node(PEER))
-    wait_until(lambda: known() == THIS, 5)
+    wait_until(lambda: known() == THIS, 20)
 
 
 def announcing() -> bool:
@@ -196,15 +196,15 @@ def test_frames_to_known_stations_pass_by_the_firewall(host: Swarm) -> None:
     box, neighbour = host.container(network), host.container(network, "neighbour")
     assert soon_reaches(box, REMOTE)
     assert soon_reaches(box, "10.1.0.3")
-    wait_until(lambda: {"02:42:0a:01:00:02", "02:42:0a:01:00:03"} <= shortened(), 5)
+    wait_until(lambda: {"02:42:0a:01:00:02", "02:42:0a:01:00:03"} <= shortened(), 20)
     drop_what_is_bridged()
     assert soon_reaches(box, REMOTE)
     assert soon_reaches(box, "10.1.0.3")
     neighbour.delete()
-    wait_until(lambda: "02:42:0a:01:00:03" not in shortened(), 5)
+    wait_until(lambda: "02:42:0a:01:00:03" not in shortened(), 20)
     box.delete()
     network.delete()
-    wait_until(lambda: not run("nft", "list", "tables", "netdev"), 5)
+    wait_until(lambda: not run("nft", "list", "tables", "netdev"), 20)
 
 
 def shortened() -> set[str]:
@@ -321,7 +321,7 @@ def test_what_somebody_takes_away_comes_back_by_itself(broken: str, host: Swarm)
     box = host.container(host.network())
     assert soon_reaches(box, REMOTE)
     BREAKS[broken](host)
-    wait_until(lambda: reaches(box, REMOTE), 10)
+    wait_until(lambda: reaches(box, REMOTE), 20)
     assert host.flooded() == [PEER]
 
 
@@ -330,9 +330,9 @@ def test_another_address_of_this_node(host: Swarm) -> None:
     box = host.container(host.network())
     run("ip", "address", "add", "198.51.100.77/24", "dev", "uplink")
     host.docker("DiscoverNew", node("198.51.100.77", this=True))
-    wait_until(lambda: "local 198.51.100.77 " in run("ip", "-d", "link", "show", "type", "vxlan"), 5)
-    wait_until(lambda: host.flooded() == [PEER], 5)
-    wait_until(lambda: reaches(box, REMOTE), 5)
+    wait_until(lambda: "local 198.51.100.77 " in run("ip", "-d", "link", "show", "type", "vxlan"), 20)
+    wait_until(lambda: host.flooded() == [PEER], 20)
+    wait_until(lambda: reaches(box, REMOTE), 20)
 
 
 def test_nothing_is_left(host: Swarm) -> None:
@@ -341,7 +341,7 @@ def test_nothing_is_left(host: Swarm) -> None:
     box = host.container(network)
     box.delete()
     network.delete()
-    wait_until(lambda: (links.names(), run("iptables-save").count("\n-A")) == before, 5)
+    wait_until(lambda: (links.names(), run("iptables-save").count("\n-A")) == before, 20)
 
 
 @pytest.fixture

@@ -220,11 +220,11 @@ def test_a_plugin_that_starts_makes_good(
     first("CreateNetwork", create_network())
     container = attached(first, namespace())
     before, link = routes(), run("ip", "link", "show", LINK)
-    assert container.answering("172.18.0.1", within=1)
+    assert container.answering("172.18.0.1", within=5)
     BREAKS[broken]()
     again = docker()
     assert sorted(routes()) == sorted(before)
-    assert container.answering("172.18.0.1", within=1)
+    assert container.answering("172.18.0.1", within=5)
     assert run("ip", "link", "show", LINK) == link
     assert "--dst-group" in run("iptables-save")
     again("Leave", of(endpoint=ENDPOINT))
@@ -242,7 +242,7 @@ def test_what_somebody_takes_away_comes_back_by_itself(
     start("CreateNetwork", create_network())
     container = attached(start, namespace())
     BREAKS[broken]()
-    wait_until(lambda: bool(container.answering("172.18.0.1")), 5)
+    wait_until(lambda: bool(container.answering("172.18.0.1")), 20)
 
 
 def test_after_a_reboot_the_network_is_there_and_its_endpoints_are_not(docker: Callable[[], Docker]) -> None:
@@ -269,7 +269,7 @@ def test_who_has_the_address_that_a_killed_engine_gives_again(
     start("CreateNetwork", create_network())
     attached(start, namespace())
     container = attached(start, namespace(), OTHER_ENDPOINT)
-    assert container.answering("172.18.0.1", within=1)
+    assert container.answering("172.18.0.1", within=5)
     assert not links.exists(LINK)
 
 

@@ -54,7 +54,7 @@ def free(port: int) -> bool:
     return True
 
 
-def until(true: Callable[[], object], within: float = 5) -> None:
+def until(true: Callable[[], object], within: float = 20) -> None:
     end = time.monotonic() + within
     while not true():
         assert time.monotonic() < end

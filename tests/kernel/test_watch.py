@@ -15,7 +15,7 @@ from netplugin_sdk.linux import links, watch
 
 from .lab import Namespace, run
 
-TIMEOUT = 5.0
+TIMEOUT = 20.0
 MOMENT = 0.5
 ADDRESSES = (ip_interface("10.9.0.1/24"), ip_interface("fd00:9::1/64"))
 

@@ -25,7 +25,7 @@ from netplugin_sdk.linux.ports import Published
 
 T = TypeVar("T")
 
-PATIENCE = 5.0
+PATIENCE = 20.0
 SHORT = 0.08
 """Seconds in which something would have happened that must not."""
 
