@@ -54,7 +54,7 @@ def plugin_beside(engine: PrivateEngine, name: str, command: Sequence[str]) -> I
     with plugin if plugin.running else engine.start_plugin(name, command):
         remove_all(engine)
         with contextlib.suppress(TimeoutError):  # it removes after its answers
-            wait_until(lambda: state_of(engine) == before, 2)
+            wait_until(lambda: state_of(engine) == before, 20)
     assert state_of(engine) == before, "the test or the plugin left something behind"
 
 

@@ -126,7 +126,7 @@ class Reached:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def soon(self, seconds: float = 10) -> None:
+    def soon(self, seconds: float = 20) -> None:
         """Raises AssertionError unless all are reached in time."""
         said = ""
 

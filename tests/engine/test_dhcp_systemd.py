@@ -57,9 +57,9 @@ def test_systemd_finds_nothing_wrong_with_them(host: Host) -> None:
 
 
 def test_all_works_with_what_the_unit_leaves_to_root(host: Host) -> None:
-    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 10, every=0.2)
+    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 20, every=0.2)
     before = renewals(host)
-    wait_until(lambda: renewals(host) >= before + 2, 15, every=0.2)
+    wait_until(lambda: renewals(host) >= before + 2, 20, every=0.2)
     assert "1 packets received" in host.docker("exec", "web", "ping", "-c1", "-W2", OUTSIDE_ADDRESS)
     status = host.run("cat", f"/proc/{host.show('netplugin-dhcp.service', 'MainPID')}/status")
     can = [line.split()[1] for line in status.splitlines() if line.startswith(("CapEff", "CapBnd"))]
@@ -80,5 +80,5 @@ def test_a_reboot(host: Host) -> None:
     host.power_off()
     host.boot()
     wait_until(lambda: host.docker("ps", "--quiet") != "", 60, every=0.2)
-    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 10, every=0.2)
+    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 20, every=0.2)
     assert "1 packets received" in host.docker("exec", "web", "ping", "-c1", "-W2", OUTSIDE_ADDRESS)

@@ -72,7 +72,7 @@ def supervisor(engine: PrivateEngine) -> Iterator[Supervisor]:
     with closing(Supervisor(engine)) as supervisor:
         yield supervisor
         remove_all(engine)
-        wait_until(lambda: state_of(engine) == before, 10)
+        wait_until(lambda: state_of(engine) == before, 20)
 
 
 def rows(engine: PrivateEngine) -> list[str]:
@@ -123,7 +123,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, supe
     tried = refusals = 0
     with engine.api() as docker:
         for point in count(FIRST[engine.version], EVERY):
-            wait_until(lambda: supervisor.plugin.running, 10)  # it may have been killed after all was done
+            wait_until(lambda: supervisor.plugin.running, 20)  # it may have been killed after all was done
             plugin = supervisor.plugin
             command = [sys.executable, "-I", str(KILL_AT), str(plugin.pid), str(point)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killer:

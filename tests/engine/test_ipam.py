@@ -114,7 +114,7 @@ def nothing_stays(engine: PrivateEngine, myplugin: Process) -> Iterator[None]:
     yield
     assert myplugin.running
     remove_all(engine)
-    wait_until(lambda: rows(engine) == [], 2)
+    wait_until(lambda: rows(engine) == [], 20)
 
 
 def rows(engine: PrivateEngine, plugin: str = "myplugin") -> list[str]:
@@ -213,7 +213,7 @@ def test_dual_stack(engine: PrivateEngine, driver: str) -> None:
     assert pings(engine, "two", "10.77.0.77")
     # busybox has no ping for IPv6 here: a connection does as well
     engine.docker("exec", "--detach", "one", "nc", "-l", "-p", "80", "-e", "echo", "hello")
-    wait_until(lambda: ":80 " in engine.docker("exec", "one", "netstat", "-ltn"), 5)
+    wait_until(lambda: ":80 " in engine.docker("exec", "one", "netstat", "-ltn"), 20)
     # Again, since on a busy machine the kernel may open a bridge's port later than neighbours are asked for.
     ask = ("exec", "two", "timeout", "3", "nc", "fd00:77::77", "80")
     wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", 20)
@@ -516,7 +516,7 @@ def test_a_plugin_with_a_disk_is_not_asked_again(engine: PrivateEngine, myplugin
     for end in (engine.stop, engine.kill):
         restart(engine, end, before)
         assert rows(engine) == held
-    wait_until(lambda: asked(myplugin, "ReleaseAddress") == given_back, 2)
+    wait_until(lambda: asked(myplugin, "ReleaseAddress") == given_back, 20)
     assert asked(myplugin, "RequestPool") == pools
     assert pings(engine, "bridge-one", "10.77.0.99")
     assert pings(engine, "myplugin-one", "10.77.1.99")
@@ -572,7 +572,7 @@ class Supervisor(test_faults.Supervisor):
 def faulty(engine: PrivateEngine) -> Iterator[Supervisor]:
     with closing(Supervisor(engine)) as supervisor:
         yield supervisor
-        wait_until(lambda: supervisor.plugin.running, 5)
+        wait_until(lambda: supervisor.plugin.running, 20)
         remove_all(engine)
 
 
@@ -628,7 +628,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
         assert user.run("resident", "keeper")
         right = rows(engine, "faulty")
         for point in count(FIRST[engine.version], STEP):
-            wait_until(lambda: faulty.plugin.running, 10)
+            wait_until(lambda: faulty.plugin.running, 20)
             plugin, user = faulty.plugin, User(docker)
             command = [sys.executable, "-I", str(KILL_AT), str(plugin.pid), str(point)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killer:
@@ -641,7 +641,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
             if plugin.running:
                 break
             kills += 1
-            wait_until(lambda: faulty.plugin.running, 10)
+            wait_until(lambda: faulty.plugin.running, 20)
             leaks = set(rows(engine, "faulty")) - {*right, *leaked}
             assert len(leaks) <= 1, f"point {point}: {leaks}"
             leaked += leaks
@@ -649,7 +649,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
         assert len(set(life(user))) == 2
         assert not user.refusals
     print(f"Engine {engine.version}: {kills} kills at points, leaked: {', '.join(leaked) or 'nothing'}")
-    wait_until(lambda: rows(engine, "faulty") == right, 10)
+    wait_until(lambda: rows(engine, "faulty") == right, 20)
     assert not lost, "\n".join(lost)
     assert kills > 36 // STEP
 
@@ -689,7 +689,7 @@ def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervis
                 time.sleep(drawn.uniform(0.3, 0.9))
                 getattr(faulty.plugin, end)()
                 kills += end == "kill"
-                wait_until(lambda: faulty.plugin.running, 10)
+                wait_until(lambda: faulty.plugin.running, 20)
         finally:
             over.set()
         watching.result()
@@ -702,7 +702,7 @@ def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervis
 
         leaked = known() - right
         assert right <= known()
-        wait_until(lambda: known() == right, 10)
+        wait_until(lambda: known() == right, 20)
     print(
         f"Engine {engine.version}: {kills} kills under load, {len(running)} containers run, {len(refusals)} refusals; "
         f"leaked for a while: {', '.join(sorted(leaked)) or 'nothing'}"
@@ -728,10 +728,10 @@ def test_what_is_given_back_while_the_plugin_is_down(engine: PrivateEngine) -> N
     kept = ["10.77.8.0/24", "10.77.8.1", "10.77.8.2", "10.77.8.3"]
     assert rows(engine, "faulty") == ["10.77.7.0/24", "10.77.7.1", *kept]
     with engine.start_plugin("faulty", program(FAULTY)):
-        wait_until(lambda: rows(engine, "faulty") == kept, 2)
+        wait_until(lambda: rows(engine, "faulty") == kept, 20)
         create(engine, *goes, ipam="faulty", name="goes")
         kept.remove("10.77.8.2")
-        wait_until(lambda: set(kept) == {row for row in rows(engine, "faulty") if row.startswith("10.77.8.")}, 10)
+        wait_until(lambda: set(kept) == {row for row in rows(engine, "faulty") if row.startswith("10.77.8.")}, 20)
         assert passing(engine, network="stays") == "10.77.8.2"
         remove_all(engine)
 

@@ -116,7 +116,7 @@ class Managed:
 
         One that dies before that is away for up to 45 s: the engine asks on, and hears of its end afterwards.
         """
-        wait_until(lambda: any("method=IpamDriver.GetCapabilities" in line for line in self.said(since)), 10)
+        wait_until(lambda: any("method=IpamDriver.GetCapabilities" in line for line in self.said(since)), 20)
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def managed_on(engine: PrivateEngine, bundled: Path) -> Iterator[Managed]:
     remove_all(engine)
     engine.docker("plugin", "disable", "myplugin")
     engine.docker("plugin", "rm", "myplugin")
-    is_soon(lambda: state_of(engine), before, 5)
+    is_soon(lambda: state_of(engine), before, 20)
     assert list(engine.plugin_folder.iterdir()) == []
     assert not managed.state.exists()
 

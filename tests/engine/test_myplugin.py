@@ -37,7 +37,7 @@ socketserver.ThreadingTCPServer(("{OUTSIDE_ADDRESS}", 4000), Tell).serve_forever
 @pytest.fixture
 def outside(engine: PrivateEngine) -> Iterator[None]:
     with engine.spawn("tell", [sys.executable, "-c", TELL], outside=True):
-        wait_until(lambda: engine.run_outside(["ss", "-Hltn", "sport = :4000"]).stdout != "", 10)
+        wait_until(lambda: engine.run_outside(["ss", "-Hltn", "sport = :4000"]).stdout != "", 20)
         yield
 
 
@@ -127,7 +127,7 @@ def test_ipv6(engine: PrivateEngine) -> None:
     assert six.startswith("fd00:77::")
     # busybox has no ping for IPv6 here: a connection does as well
     engine.docker("exec", "--detach", "two", "nc", "-l", "-p", "80", "-e", "echo", "hello")
-    wait_until(lambda: ":80 " in engine.docker("exec", "two", "netstat", "-ltn"), 5)
+    wait_until(lambda: ":80 " in engine.docker("exec", "two", "netstat", "-ltn"), 20)
     assert engine.docker("exec", "one", "timeout", "3", "nc", six, "80") == "hello"
 
 
@@ -154,7 +154,7 @@ def test_a_container_that_is_restarted_and_killed(engine: PrivateEngine) -> None
     run(engine, "two")
     assert pings(engine, "two", "one")
     engine.docker("rm", "--force", "one", "two")
-    wait_until(lambda: state_of(engine) == before, 2)
+    wait_until(lambda: state_of(engine) == before, 20)
 
 
 def test_many_at_once(engine: PrivateEngine) -> None:
@@ -207,7 +207,7 @@ def test_a_network_that_cannot_be_leaves_nothing(engine: PrivateEngine, key: str
     assert done.returncode != 0
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    wait_until(lambda: state_of(engine) == before, 2)
+    wait_until(lambda: state_of(engine) == before, 20)
 
 
 def test_ipv6_needs_an_mtu_of_1280(engine: PrivateEngine) -> None:
@@ -231,7 +231,7 @@ def test_the_plugin_may_be_restarted_under_running_containers(engine: PrivateEng
         assert pings(engine, "two", "one")
         engine.docker("rm", "--force", "one", "two")
         engine.docker("network", "rm", "mynet")
-        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 2)
+        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 20)
 
 
 def test_the_engine_may_be_restarted(engine: PrivateEngine) -> None:

@@ -198,7 +198,7 @@ def test_what_is_reached_and_what_is_not(cluster: Cluster) -> None:
         assert "1 packets received" in here.run("ping", "-c1", "-W2", "-s", "1422", there.address("one"))
         (address,) = [word for word in there.run("ip", "-6", "address").split() if word.startswith("fd00:1::")]
         assert address == f"fd00:1::{hexadecimal(there.address('one'))}/96"
-        wait_until(lambda: here.reaches(address.split("/")[0]), 5)
+        wait_until(lambda: here.reaches(address.split("/")[0]), 20)
 
         assert enclosed.reaches(stranger.address("other"))
         for box, target in ((here, stranger.address("other")), (stranger, there.address("one"))):
@@ -214,7 +214,7 @@ def test_what_is_reached_and_what_is_not(cluster: Cluster) -> None:
                     fetch = (
                         f"exec 3<>/dev/tcp/{published.address}/8080; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
                     )
-                    wait_until(lambda: "200 OK" in host.engine.run(["timeout", "3", "bash", "-c", fetch]).stdout, 5)  # noqa: B023
+                    wait_until(lambda: "200 OK" in host.engine.run(["timeout", "3", "bash", "-c", fetch]).stdout, 20)  # noqa: B023
         one.remove("published", boxes=(here, there))
         other.remove(boxes=(stranger, enclosed))
 

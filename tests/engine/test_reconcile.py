@@ -131,7 +131,7 @@ def test_the_plugin_is_killed_with_a_request(clean: PrivateEngine, when: str) ->
             kept = Reached(engine, [WEB])
             stuck.touch()
             done = [users.submit(engine.run_docker, *command) for command in commands]
-            wait_until(lambda: len(told(plugin, "HANGS")) == len(commands), 10)
+            wait_until(lambda: len(told(plugin, "HANGS")) == len(commands), 20)
         stuck.unlink()
         with engine.start_plugin("myplugin", IMPATIENT) as plugin:
             if when == "within":

@@ -106,7 +106,7 @@ def create(engine: PrivateEngine, name: str, *options: str) -> str:
     """Make a network of the swarm; its number, when it is allocated."""
     create = ("network", "create", "--driver", "global:latest", "--scope", "swarm", "--attachable", *options, name)
     engine.docker(*create)
-    wait_until(lambda: number(engine, name) != "", 10)
+    wait_until(lambda: number(engine, name) != "", 20)
     return number(engine, name)
 
 
@@ -136,7 +136,7 @@ def test_what_a_manager_allocates(swarm: PrivateEngine) -> None:
     chosen = create(swarm, "two", "--opt", "vni=5000")
     assert chosen == "5000"
     swarm.docker("network", "create", "--driver", "global:latest", "--scope", "swarm", "--opt", "vni=5000", "refused")
-    wait_until(lambda: "vni cannot be had: 5000 is in use" in swarm.log.read_text(), 10)
+    wait_until(lambda: "vni cannot be had: 5000 is in use" in swarm.log.read_text(), 20)
     swarm.docker("network", "rm", "refused")
 
     # Enabled again it is asked for nothing again, and remembers.
@@ -156,7 +156,7 @@ def test_what_a_manager_allocates(swarm: PrivateEngine) -> None:
     wait_until(lambda: "eth0" in run(swarm, "again", "two", "ip", "link"), 20)
 
     swarm.docker("network", "rm", "one", "two", "three")
-    wait_until(lambda: not bridges(swarm), 10)
+    wait_until(lambda: not bridges(swarm), 20)
     assert create(swarm, "again", "--opt", "vni=5000") == "5000"  # it was freed
 
     # An engine that is killed forgets the network, and says nothing. As a manager it goes on listing it.

@@ -35,7 +35,7 @@ def host(version: str) -> Iterator[Host]:
 
 def is_reached(host: Host) -> None:
     """Outside by both addresses (the firewall), on the host itself (the relay); and the container reaches outside."""
-    wait_until(lambda: host.says(ENGINE_ADDRESS, 80) == "hello", 10)
+    wait_until(lambda: host.says(ENGINE_ADDRESS, 80) == "hello", 20)
     assert host.says(ENGINE_ADDRESS6, 80) == "hello"
     assert host.says("127.0.0.1", 80, outside=False) == "hello"
     assert "1 packets received" in host.docker("exec", "web", "ping", "-c1", "-W2", OUTSIDE_ADDRESS)

@@ -130,7 +130,7 @@ def test_killed_in_the_middle_of_a_day(engine: PrivateEngine, tmp_path: Path) ->
         engine.docker("network", "create", "--driver", "myplugin", "mynet")
         engine.docker("run", "--detach", "--name", "web", "--network", "mynet", "busybox", "sleep", "600")
         trace.kill()
-    wait_until(lambda: not list(engine.plugin_folder.glob(".*")), 5)
+    wait_until(lambda: not list(engine.plugin_folder.glob(".*")), 20)
     assert "0% packet loss" in engine.docker("run", "--rm", "--network", "mynet", "busybox", "ping", "-c1", "web")
     engine.docker("rm", "--force", "web")
     engine.docker("network", "rm", "mynet")

@@ -116,7 +116,7 @@ def nothing_left(engine: PrivateEngine) -> Iterator[None]:
     before = state_of(engine)
     yield
     remove_all(engine)
-    wait_until(lambda: state_of(engine) == before, 5)
+    wait_until(lambda: state_of(engine) == before, 20)
 
 
 @pytest.mark.usefixtures("nothing_left")

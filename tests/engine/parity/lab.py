@@ -297,9 +297,9 @@ class Lab:
         return json.loads(done.stdout)[0] if done.returncode == 0 else None
 
     def gone(self, device: str) -> bool:
-        """Whether there is none such, within a second: a driver may remove it after its answer."""
+        """Whether there is none such, within 5 s: a driver may remove it after its answer."""
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: self.link(device) is None, 1)
+            wait_until(lambda: self.link(device) is None, 5)
         return self.link(device) is None
 
     def ports_of(self, network: str = "net", bridge: str = "") -> list[str]:
@@ -646,7 +646,7 @@ class Both:
             if driver != "bridge":
                 self._plugin = lab.plugin
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: state_of_host(self.engine) == before, 5, every=0.05)
+                wait_until(lambda: state_of_host(self.engine) == before, 20, every=0.05)
             if (after := state_of_host(self.engine)) != before:
                 gone, left = set(before.splitlines()), set(after.splitlines())
                 outcome.problems.append(f"{driver} left {sorted(left - gone)}, took away {sorted(gone - left)}")

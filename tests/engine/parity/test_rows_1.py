@@ -1219,7 +1219,7 @@ def test_p14_release(lab: Lab) -> Facts:
     lab.docker("restart", "one")
     facts["restarted"] = answers("one")
     lab.docker("kill", "one")
-    wait_until(lambda: not lab.inspect("one")["State"]["Running"], 10)
+    wait_until(lambda: not lab.inspect("one")["State"]["Running"], 20)
     facts["killed: host can bind"] = lab.cannot_bind(HOST, ports[0])[0]
     lab.docker("start", "one")
     lab.docker("rm", "--force", "one")

@@ -865,7 +865,7 @@ def test_p23_restart_always(lab: Lab) -> Facts:
         pid = lab.inspect("one")["State"]["Pid"]
         lab.host("kill", "-9", str(pid))
         with contextlib.suppress(TimeoutError):
-            wait_until(partial(runs_as_another, lab, "one", pid), 10)
+            wait_until(partial(runs_as_another, lab, "one", pid), 20)
         back.append(eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080)))
     facts: Facts = {"comes back": back, "devices": len(lab.ports_of())}
     lab.docker("rm", "--force", "one")
