@@ -218,7 +218,8 @@ class Peers(Generic[OptionsT]):
         self._lost: dict[IPAddress, float] = {}
         """Nodes that the gossip has lost: when they will have left."""
         self._timer: threading.Timer | None = None
-        self._publish()
+        self._peers: dict[IPAddress, Node] = {}
+        self._read()
 
     def close(self) -> None:
         """Nobody leaves any more."""
@@ -284,7 +285,7 @@ class Peers(Generic[OptionsT]):
             self._store.save_node(str(node.address), body)
             if before is not None and before.address != node.address:
                 self._store.forget_node(str(before.address))
-            self._publish()
+            self._driver.this_node = node
             self.outdated()
 
     def _agent_starts(self) -> None:
@@ -310,6 +311,7 @@ class Peers(Generic[OptionsT]):
         was_lost = self._lost.pop(node.address, None) is not None
         if node.address not in self._driver.peers:
             self._store.save_node(str(node.address), body)
+            self._peers[node.address] = node
             self._publish()
         elif not was_lost:
             return
@@ -320,6 +322,7 @@ class Peers(Generic[OptionsT]):
         self._lost.pop(node.address, None)
         if node.address in self._driver.peers:
             self._store.forget_node(str(node.address))
+            del self._peers[node.address]
             self._publish()
             self._tell(node, self._driver.peer_left)
 
@@ -338,9 +341,16 @@ class Peers(Generic[OptionsT]):
         if not done:
             self.outdated()
 
+    def _read(self) -> None:
+        self._driver.this_node = None
+        for row in self._store.nodes.values():
+            node = messages.decode(messages.Discovery, row.request).node
+            if node is not None and node.is_self:
+                self._driver.this_node = node
+            elif node is not None:
+                self._peers[node.address] = node
+        self._publish()
+
     def _publish(self) -> None:
-        rows = self._store.nodes.values()
-        nodes = [node for row in rows if (node := messages.decode(messages.Discovery, row.request).node) is not None]
-        self._driver.this_node = next((node for node in nodes if node.is_self), None)
         # Another one each time, so that nobody who goes through it is disturbed.
-        self._driver.peers = MappingProxyType({node.address: node for node in nodes if not node.is_self})
+        self._driver.peers = MappingProxyType(self._peers.copy())
