@@ -151,6 +151,8 @@ class Plugin:
             try:
                 request: Any = messages.decode(kind, body)
             except InvalidRequest as invalid:
+                if not body:  # the first try was lost, and there is no other
+                    self._doubt()
                 raise InvalidRequest(f"{method}: {invalid}") from None
             if network_id := getattr(request, "network_id", None):
                 call["network"] = network_id[:12]
@@ -192,6 +194,12 @@ class Plugin:
         if self._reconciler is not None:
             self._reconciler.engine_starts()
         return self._implements
+
+    def _doubt(self) -> None:
+        """Docker wanted something, and takes it for done or refused now: it has to be asked which."""
+        for reconciler in (self._reconciler, self._pool_reconciler):
+            if reconciler is not None:
+                reconciler.doubt()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI application."""

@@ -30,7 +30,7 @@ from netplugin_sdk.state import Endpoint, Network, OptionsT
 _log = logging.getLogger("netplugin_sdk")
 
 _BURST, _CALM = 0.2, 30.0  # seconds from a loss to its repair, since they come together: at first, and at most
-_TOLD = 10.0  # seconds until an engine that starts, or makes a network, is asked what it has
+_TOLD = 10.0  # seconds until an engine that starts, makes a network, or lost a request is asked what it has
 _MISSING = 30.0  # seconds that Docker must not know a network or an endpoint before it is removed
 _EVERY = 300.0  # seconds until Docker is asked again: an engine with live-restore forgets endpoints and calls nobody
 
@@ -60,6 +60,10 @@ class PoolReconciler:
         """Tell it in `delay` seconds, by a thread of its own."""
         if self._inquiries is not None:
             self._inquiries.ask(self._tell, delay, stands=True)
+
+    def doubt(self) -> None:
+        """A request was lost: tell it soon what there is."""
+        self.request(_TOLD)
 
     def _tell(self, docker: Docker) -> bool:
         soon = self._driver.engine_has(docker.call("GET", "/info")["ID"], docker.pools())
@@ -130,6 +134,10 @@ class Reconciler(Generic[OptionsT]):
             _log.info("%d of %d networks are restored, in %.2f s", sum(done), len(done), time.monotonic() - began)
         self._lifecycle.count("reconciled")
         self._compare_with_docker(0.0)
+
+    def doubt(self) -> None:
+        """A request was lost, which may have been a deletion, or the second one of what is made: ask Docker soon."""
+        self._compare_with_docker(_TOLD)
 
     def engine_starts(self) -> None:
         """Delete what an engine that was killed has forgotten."""

@@ -58,6 +58,9 @@ LOST = re.compile(r"method=NetworkDriver\.(Create|Delete)Network .* the request 
 """The plugin was killed with that request on its way. The engine repeats it without its content, takes a network for
 gone, or not made, whatever the answer is, and never asks again: something is left, and nobody could know of what."""
 
+LOST_ENDPOINT = re.compile(r"method=NetworkDriver\.(Create|Delete)Endpoint .* the request body is empty")
+"""The same with an endpoint. Whether it is there Docker can be asked, and is: after 10 s, and once more after 30."""
+
 SNAPSHOT = [sys.executable, "-I", str(Path(__file__).with_name("sequences") / "snapshot.py")]
 HOST, OUTSIDE = "host", "outside"
 ADOPTED = ("adopted0", "adopted.1")
@@ -853,8 +856,10 @@ class Sequences(RuleBasedStateMachine):
         bridges = {net.bridge for net in self.nets}
         ends = {f"ve-{seen['EndpointID'][:12]}" for box in self.boxes for seen in box.endpoints.values()}
         wanted = self.devices | bridges | ends
+        log = self.world.log()
+        patience = 1 if LOST.search(log) else 3 * PATIENCE if LOST_ENDPOINT.search(log) else PATIENCE
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: self.world.interfaces() == wanted, PATIENCE if not LOST.search(self.world.log()) else 1)
+            wait_until(lambda: self.world.interfaces() == wanted, patience)
         there = self.world.interfaces()
         assert there == wanted or LOST.search(self.world.log()), f"left: {there - wanted}, missing: {wanted - there}"
         for box in self.boxes:

@@ -358,6 +358,22 @@ def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve:
     docker("DeleteEndpoint", of(NETWORK, ENDPOINT))  # should it be asked for after all
 
 
+@pytest.mark.parametrize("method", ["CreateEndpoint", "DeleteEndpoint"])
+def test_what_was_lost_on_its_way_is_found(engine: Listed, serve: Serve, method: str) -> None:
+    """The plugin was killed with the request; the engine repeats it without its content, and asks no more."""
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {ENDPOINT: "c1", OTHER_ENDPOINT: "c2"}}
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker.run(endpoint=OTHER_ENDPOINT)
+    assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2)
+    del engine.networks[NETWORK][ENDPOINT]
+    assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2), "nobody has told of it"
+    assert docker.plugin.handle(f"/NetworkDriver.{method}", b"").status == 400
+    wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
+
+
 def test_what_docker_forgets_without_a_word_is_found(
     engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
