@@ -77,7 +77,7 @@ class Plugin:
         self._store: Store[Any] | None = None
         self._ipam: IpamDriver | None = None
         self._reconciler: Reconciler[Any] | None = None
-        self._pool_reconciler: PoolReconciler | None = None
+        self._reconcilers: list[Reconciler[Any] | PoolReconciler] = []
         self._rests: Callable[[], None] = lambda: None
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._answer: Answerer = self._answer_call
@@ -92,14 +92,14 @@ class Plugin:
                     self._rests = lifecycle.close
                     routes = lifecycle.routes()
                     self._reconciler = Reconciler(lifecycle, docker)
-                    self._reconciler.start()
+                    self._reconcilers.append(self._reconciler)
                 else:
                     self._ipam = driver
                     driver.open(folder)
                     pools = IpamLifecycle(driver)
                     routes = pools.routes()
-                    self._pool_reconciler = PoolReconciler(pools, docker)
-                    self._pool_reconciler.start()
+                    self._reconcilers.append(PoolReconciler(pools, docker))
+                self._reconcilers[-1].start()
                 self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
         except BaseException:
             self.close()
@@ -151,8 +151,9 @@ class Plugin:
             try:
                 request: Any = messages.decode(kind, body)
             except InvalidRequest as invalid:
-                if not body:  # the first try was lost, and there is no other
-                    self._doubt()
+                if not body:  # the first try was lost: Docker takes it for done or refused, and has to be asked which
+                    for reconciler in self._reconcilers:
+                        reconciler.ask_soon()
                 raise InvalidRequest(f"{method}: {invalid}") from None
             if network_id := getattr(request, "network_id", None):
                 call["network"] = network_id[:12]
@@ -195,12 +196,6 @@ class Plugin:
             self._reconciler.engine_starts()
         return self._implements
 
-    def _doubt(self) -> None:
-        """Docker wanted something, and takes it for done or refused now: it has to be asked which."""
-        for reconciler in (self._reconciler, self._pool_reconciler):
-            if reconciler is not None:
-                reconciler.doubt()
-
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI application."""
         # Here, since a plugin under its own server does not need Werkzeug, nor the 8 MB and 60 ms of its import.
@@ -220,20 +215,16 @@ class Plugin:
 
         It is done in the background, as after the loss of an interface; each repair, and what fails, is logged.
         """
-        if self._reconciler is not None:
-            self._reconciler.request()
-        if self._pool_reconciler is not None:
-            self._pool_reconciler.request()
+        for reconciler in self._reconcilers:
+            reconciler.request()
 
     def close(self) -> None:
         """Finish what is done after answers, and let the state folder go.
 
         Call it when no call is running; the plugin cannot be used afterwards.
         """
-        if self._reconciler is not None:
-            self._reconciler.close()
-        if self._pool_reconciler is not None:
-            self._pool_reconciler.close()
+        for reconciler in self._reconcilers:
+            reconciler.close()
         self._rests()
         if self._store is not None:
             self._store.close()

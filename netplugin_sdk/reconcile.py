@@ -53,7 +53,7 @@ class PoolReconciler:
 
     def start(self) -> None:
         """Before the first call."""
-        self._lifecycle.requested = partial(self.request, _TOLD)
+        self._lifecycle.requested = self.ask_soon
         self.request()
 
     def request(self, delay: float = 0.0) -> None:
@@ -61,8 +61,8 @@ class PoolReconciler:
         if self._inquiries is not None:
             self._inquiries.ask(self._tell, delay, stands=True)
 
-    def doubt(self) -> None:
-        """A request was lost: tell it soon what there is."""
+    def ask_soon(self) -> None:
+        """Tell it when Docker has had time to do what it is about."""
         self.request(_TOLD)
 
     def _tell(self, docker: Docker) -> bool:
@@ -135,14 +135,14 @@ class Reconciler(Generic[OptionsT]):
         self._lifecycle.count("reconciled")
         self._compare_with_docker(0.0)
 
-    def doubt(self) -> None:
-        """A request was lost, which may have been a deletion, or the second one of what is made: ask Docker soon."""
+    def ask_soon(self) -> None:
+        """Compare with Docker when it has had time to do what it is about."""
         self._compare_with_docker(_TOLD)
 
     def engine_starts(self) -> None:
         """Delete what an engine that was killed has forgotten."""
         self._lifecycle.reap()
-        self._compare_with_docker(_TOLD)
+        self.ask_soon()
 
     # --------------------------------------------------------------------------------------------- with the kernel
 
@@ -220,7 +220,7 @@ class Reconciler(Generic[OptionsT]):
 
     def _is_new(self, network: Network[OptionsT]) -> None:
         self._missing.pop(network.id, None)
-        self._compare_with_docker(_TOLD)
+        self.ask_soon()
 
     def _compare(self, docker: Docker) -> bool:
         info = docker.call("GET", "/info")

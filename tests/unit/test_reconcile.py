@@ -358,9 +358,8 @@ def test_an_endpoint_that_docker_has_forgotten_is_deleted(engine: Listed, serve:
     docker("DeleteEndpoint", of(NETWORK, ENDPOINT))  # should it be asked for after all
 
 
-@pytest.mark.parametrize("method", ["CreateEndpoint", "DeleteEndpoint"])
-def test_what_was_lost_on_its_way_is_found(engine: Listed, serve: Serve, method: str) -> None:
-    """The plugin was killed with the request; the engine repeats it without its content, and asks no more."""
+def with_one_that_docker_forgets(engine: Listed, serve: Serve) -> tuple[Recorder, Docker]:
+    """Of two endpoints, after it has listed both for a while."""
     driver = Recorder()
     docker = serve(driver)
     engine.networks = {NETWORK: {ENDPOINT: "c1", OTHER_ENDPOINT: "c2"}}
@@ -369,6 +368,13 @@ def test_what_was_lost_on_its_way_is_found(engine: Listed, serve: Serve, method:
     docker.run(endpoint=OTHER_ENDPOINT)
     assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2)
     del engine.networks[NETWORK][ENDPOINT]
+    return driver, docker
+
+
+@pytest.mark.parametrize("method", ["CreateEndpoint", "DeleteEndpoint"])
+def test_what_was_lost_on_its_way_is_found(engine: Listed, serve: Serve, method: str) -> None:
+    """The plugin was killed with the request; the engine repeats it without its content, and asks no more."""
+    driver, docker = with_one_that_docker_forgets(engine, serve)
     assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2), "nobody has told of it"
     assert docker.plugin.handle(f"/NetworkDriver.{method}", b"").status == 400
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
@@ -379,14 +385,7 @@ def test_what_docker_forgets_without_a_word_is_found(
 ) -> None:
     """As an engine with live-restore does that was killed: when it is back it calls nobody."""
     monkeypatch.setattr(reconcile, "_EVERY", 0.1)
-    driver = Recorder()
-    docker = serve(driver)
-    engine.networks = {NETWORK: {ENDPOINT: "c1", OTHER_ENDPOINT: "c2"}}
-    docker("CreateNetwork", create_network())
-    docker.run()
-    docker.run(endpoint=OTHER_ENDPOINT)
-    assert stays(lambda: len(driver.networks[NETWORK].endpoints) == 2)
-    del engine.networks[NETWORK][ENDPOINT]
+    driver, _ = with_one_that_docker_forgets(engine, serve)
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
 
 
