@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from netplugin_sdk.testing.engine import (
 )
 
 PLUGIN = [sys.executable, "-m", "myplugin"]
+STATE = Path("/var/lib/netplugin/myplugin")
 PREFIX = "netplugin-demo-"  # of what is made in a Docker that is not ours
 PORT = "4000"
 # The outside host tells each caller which address it sees.
@@ -125,12 +127,12 @@ def on_private_engine(version: str) -> None:
             say(f"They reach the outside; {OUTSIDE_ADDRESS} has no route to them and sees the host's address:")
             with engine.spawn("outside", [sys.executable, "-c", OUTSIDE_SERVER], outside=True):
                 listening = ["ss", "-Hltn", f"sport = :{PORT}"]
-                wait_until(lambda: engine.run_outside(listening).stdout != "", 10)
+                wait_until(lambda: engine.run_outside(listening).stdout != "", 60)
                 shell(f"docker exec client nc {OUTSIDE_ADDRESS} {PORT}")
 
         demonstrate(shell, "", "8080", inbound, outbound)
         say("Nothing is left of them on the host, as soon as the kernel has removed it:")
-        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 5)
+        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 60)
         shell("ip -brief link")
         plugin.stop()
         say("What the plugin logged:")
@@ -181,13 +183,14 @@ def without_docker() -> None:
 
 @contextlib.contextmanager
 def host_plugin() -> Iterator[None]:
-    """myplugin on this machine."""
+    """myplugin on this machine. What it remembers on disk goes, too, if there was nothing before."""
+    new = [folder for folder in (STATE, STATE.parent) if not folder.exists()]
     with (
         tempfile.NamedTemporaryFile(prefix="myplugin-", suffix=".log") as log,
         subprocess.Popen(PLUGIN, stdout=log, stderr=log, start_new_session=True) as process,
     ):
         try:
-            wait_until(lambda: listens(Path("/run/docker/plugins/myplugin.sock")) or process.poll() is not None, 10)
+            wait_until(lambda: listens(Path("/run/docker/plugins/myplugin.sock")) or process.poll() is not None, 60)
             if process.poll() is not None:
                 raise Stopped(Path(log.name).read_text().strip())
             yield
@@ -197,6 +200,8 @@ def host_plugin() -> Iterator[None]:
                 process.wait(20)
                 say("What the plugin logged:")
                 print(Path(log.name).read_text(), end="")
+            for folder in new:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

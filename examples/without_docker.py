@@ -44,7 +44,7 @@ def main() -> None:
     log = SOCKET.parent.with_name("myplugin.log")
     with log.open("w") as output, subprocess.Popen([sys.executable, "-m", "myplugin"], stderr=output) as plugin:
         try:
-            wait_until(lambda: plugin.poll() is not None or listens(SOCKET), 10)
+            wait_until(lambda: plugin.poll() is not None or listens(SOCKET), 60)
             if plugin.poll() is not None:
                 sys.exit(log.read_text())
             show(str(SOCKET), f"ready after {time.monotonic() - began:.1f} s")
@@ -77,7 +77,7 @@ def demonstrate() -> None:
         web.delete()
         client.delete()
         lan.delete()
-    wait_until(lambda: "br-" not in run("ip", "-brief", "link"), 5)
+    wait_until(lambda: "br-" not in run("ip", "-brief", "link"), 60)
     show("ip -brief link", run("ip", "-brief", "link"))
 
 

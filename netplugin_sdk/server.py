@@ -416,6 +416,7 @@ class Server:
         self._epoll.register(self._waker, select.EPOLLIN)
         self._accepting = False
         self._leader: threading.Thread | None = None
+        self._lacks_threads = False  # and has said so
         self._served: _Connection | None = None  # by the leader, now
         self._begun = 0  # how many times it began to serve one
         self._answered: deque[Answer] = deque()  # to be logged, when there is nothing more urgent
@@ -571,9 +572,13 @@ class Server:
                 return  # what is left of the events comes again to the next leader
 
     def _log_answered(self) -> None:
-        with suppress(IndexError):
+        try:
             while True:
                 self.plugin.log(self._answered.popleft())
+        except IndexError:
+            pass
+        except Exception:  # also of a thread that leads no more, which would end unheard
+            _log.exception("a bug in the server")
 
     def _serve(self, connection: _Connection, me: threading.Thread) -> None:
         self._served = connection
@@ -660,10 +665,13 @@ class Server:
             self._epoll.unregister(connection)
             try:
                 self._lead_anew()
+                self._lacks_threads = False
             except RuntimeError as error:
                 self._served = connection
                 self._epoll.register(connection, select.EPOLLIN)
-                _log.error("calls wait for each other: %s", error)
+                if not self._lacks_threads:  # it is tried again every 2 ms
+                    self._lacks_threads = True
+                    _log.error("calls wait for each other: %s", error)
 
     def _watch(self, done: Callable[[], bool], until: float = math.inf) -> None:
         """Until it is done: let another thread lead when a call holds up the leader, and end what is overdue."""

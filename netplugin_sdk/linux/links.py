@@ -619,12 +619,11 @@ def _ensure_station(ipr: Any, mac: str, port: str) -> None:
 def _with_address(ipr: Any, address: IPAddress) -> Link:
     try:
         for found in ipr.addr("dump", family=socket.AF_INET if address.version == 4 else socket.AF_INET6):
-            if (found.get("local") or found.get("address")) == str(address):
-                return _describe(ipr, socket.if_indextoname(found["index"]))
+            has_it = (found.get("local") or found.get("address")) == str(address)
+            if has_it and (name := _name(found["index"])) is not None:
+                return _describe(ipr, name)
     except NetlinkError as error:
         raise LinkError("cannot read the host's addresses", error) from error
-    except OSError as error:  # gone meanwhile
-        raise NotFound(f"no interface has the address {address}: {error.strerror}") from error
     raise NotFound(f"no interface of this host has the address {address}")
 
 
@@ -752,6 +751,7 @@ def _delete(ipr: Any, name: str) -> bool:
 
 def _what_is_wrong(ipr: Any, name: str, made: Made) -> str | None:
     """With an interface that was made here, if anything is."""
+    present = _addresses(ipr, name, made.index) if made.addresses else ()
     message = _get(ipr, name)
     if message is None or message["index"] != made.index:
         return "is gone"
@@ -759,40 +759,43 @@ def _what_is_wrong(ipr: Any, name: str, made: Made) -> str | None:
         return "is down"
     if made.master is not None and message.get("master") != made.master:
         return "is no port of its bridge any more"
-    if made.addresses:
-        try:
-            present = _describe(ipr, name).addresses
-        except NotFound:
-            return "is gone"
-        if lost := [str(address) for address in made.addresses if address not in present]:
-            return f"has lost {', '.join(lost)}"
+    if lost := [str(address) for address in made.addresses if address not in present]:
+        return f"has lost {', '.join(lost)}"
     return None
 
 
 def _describe(ipr: Any, name: str) -> Link:
+    index = _index(name)
+    addresses = () if index is None else _addresses(ipr, name, index)
     message = _get(ipr, name)
-    if message is None:
+    if message is None or message["index"] != index:
         raise NotFound(f"there is no interface {name}")
     master = message.get("master")
-    try:
-        addresses = tuple(
-            # IFA_ADDRESS is the far end of a point-to-point link; IFA_LOCAL, where there is one, is ours.
-            ip_interface(f"{found.get('local') or found.get('address')}/{found['prefixlen']}")
-            # With the socket's strict check the kernel filters by index. Without `dump_filter` pyroute2 would do it,
-            # after having decoded the addresses of all interfaces.
-            for found in ipr.addr("dump", index=message["index"], dump_filter=None)
-        )
-    except NetlinkError as error:
-        raise LinkError(f"interface {name}: cannot read its addresses", error) from error
     return Link(
         name=message.get("ifname"),
         kind=_kind(message),
         mtu=message.get("mtu"),
         mac=message.get("address"),
         up=bool(message["flags"] & _IFF_UP),
-        master=None if master is None else socket.if_indextoname(master),
+        master=None if master is None else _name(master),
         addresses=addresses,
     )
+
+
+def _addresses(ipr: Any, name: str, index: int) -> tuple[IPv4Interface | IPv6Interface, ...]:
+    """To be asked before the link is: the kernel takes a link from its list, and then the link's addresses away."""
+    try:
+        return tuple(
+            # IFA_ADDRESS is the far end of a point-to-point link; IFA_LOCAL, where there is one, is ours.
+            ip_interface(f"{found.get('local') or found.get('address')}/{found['prefixlen']}")
+            # With the socket's strict check the kernel filters by index. Without `dump_filter` pyroute2 would do it,
+            # after having decoded the addresses of all interfaces.
+            for found in ipr.addr("dump", index=index, dump_filter=None)
+        )
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return ()
+        raise LinkError(f"interface {name}: cannot read its addresses", error) from error
 
 
 def _occupied(ipr: Any) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -825,6 +828,13 @@ def _index(name: str) -> int | None:
     try:
         return socket.if_nametoindex(name)
     except OSError:
+        return None
+
+
+def _name(index: int) -> str | None:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:  # gone meanwhile
         return None
 
 

@@ -24,7 +24,7 @@ def run(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[in
             encoding="utf-8",
             errors="surrogateescape",  # comments of other rules may hold any bytes
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:  # the latter: a folder of PATH that it may not look into
         raise Unavailable(f"firewall: no {argv[0]} here: install the package {package}") from error
     with process:
         pids.append(process.pid)

@@ -26,7 +26,7 @@ _GROUPS = 0x1 | 0x10 | 0x100  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFA
 _NEWLINK, _DELLINK, _DELADDR = 16, 17, 21
 _LINK, _ADDRESS, _ATTRIBUTE = struct.Struct("=BxHiII"), struct.Struct("=BBBBI"), struct.Struct("=HH")
 _IFF_UP = 0x1
-_IFLA_MASTER = 10
+_IFLA_IFNAME, _IFLA_MASTER = 3, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Watch:
                 continue
             for kind, body in _messages(data):
                 index = (_ADDRESS if kind == _DELADDR else _LINK).unpack_from(body)[-1 if kind == _DELADDR else 2]
-                if (found := names.get(index)) is not None and (kind != _NEWLINK or not _is_as(body, found[1])):
+                if (found := names.get(index)) is not None and (kind != _NEWLINK or not _is_as(body, *found)):
                     suspects.add(found[0])
 
     def _verify(self, name: str) -> None:
@@ -140,15 +140,16 @@ def _messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
         offset += (length + 3) & ~3
 
 
-def _is_as(body: memoryview, made: Made) -> bool:
-    """Whether a link, as RTM_NEWLINK shows it, is up and where it was."""
+def _is_as(body: memoryview, name: str, made: Made) -> bool:
+    """Whether a link, as RTM_NEWLINK shows it, is up and where it was, by this name: the kernel renames what is up."""
     *_, flags, _change = _LINK.unpack_from(body)
-    if not flags & _IFF_UP:
-        return False
+    wanted = {_IFLA_IFNAME: name.encode() + b"\0"}
+    if made.master is not None:
+        wanted[_IFLA_MASTER] = struct.pack("=I", made.master)
     offset = _LINK.size
-    while made.master is not None and offset + _ATTRIBUTE.size <= len(body):
+    while wanted and offset + _ATTRIBUTE.size <= len(body):
         length, kind = _ATTRIBUTE.unpack_from(body, offset)
-        if kind == _IFLA_MASTER:
-            return bool(struct.unpack_from("=I", body, offset + _ATTRIBUTE.size)[0] == made.master)
+        if kind in wanted and body[offset + _ATTRIBUTE.size : offset + length] != wanted.pop(kind):
+            return False
         offset += max((length + 3) & ~3, _ATTRIBUTE.size)
-    return made.master is None
+    return bool(flags & _IFF_UP) and not wanted

@@ -110,7 +110,7 @@ set -eu
 image=$(mktemp -d)
 mkdir -p $image/bin $image/tmp
 cp /bin/busybox $image/bin/
-for applet in $(busybox --list); do [ $applet = busybox ] || ln -s busybox $image/bin/$applet; done
+$image/bin/busybox --install $image/bin
 tar -C $image -c . | docker import -c 'ENV PATH=/bin' -c 'CMD ["sh"]' - busybox
 rm -r $image
 """
@@ -294,7 +294,7 @@ class PrivateEngine:
             starter = subprocess.Popen([*prefix, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         return Process(name, starter, log)
 
-    def start_plugin(self, name: str, command: Sequence[str], timeout: float = 10) -> Process:
+    def start_plugin(self, name: str, command: Sequence[str], timeout: float = 60) -> Process:
         """Start a plugin that serves ``/run/docker/plugins/NAME.sock``, and wait until it listens.
 
         Raises:
@@ -351,10 +351,10 @@ class PrivateEngine:
             )
 
         def answers() -> bool:
-            return self._daemon.poll() is not None or self.run_docker("version", timeout=10).returncode == 0
+            return self._daemon.poll() is not None or self.run_docker("version", timeout=60).returncode == 0
 
         with contextlib.suppress(TimeoutError):
-            wait_until(answers, 40, every=0.2)
+            wait_until(answers, 120, every=0.2)
             if self._daemon.poll() is None:
                 return
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
@@ -489,8 +489,10 @@ def _remove_stale(labs: Path) -> None:
 
 
 def _remove_lab(lab: Path) -> None:
+    # Managed plugins have groups of their own beside that of the lab, named by their ids.
+    names = {lab.name, *(plugin.name for plugin in lab.glob("data/plugins/*"))}
     # os.walk and not Path.glob, which raises where a cgroup of another lab goes away meanwhile.
-    cgroups = [Path(folder, lab.name) for folder, inside, _ in os.walk("/sys/fs/cgroup") if lab.name in inside]
+    cgroups = [Path(at, name) for at, inside, _ in os.walk("/sys/fs/cgroup") for name in names.intersection(inside)]
     for cgroup in cgroups:
         for folder, _, _ in os.walk(cgroup, topdown=False):
             with contextlib.suppress(OSError):

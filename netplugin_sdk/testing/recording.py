@@ -179,10 +179,12 @@ def from_json(line: str) -> Entry:
 
 
 def _body_fields(name: str, data: bytes) -> dict[str, Any]:
-    decoded = body(data)
-    if isinstance(decoded, str) and not data.lstrip().startswith(b'"'):
-        return {name: None, f"{name}_text": decoded}
-    return {name: decoded}
+    if not data.strip():
+        return {name: None}
+    try:
+        return {name: json.loads(data)}
+    except ValueError:
+        return {name: None, f"{name}_text": body(data)}
 
 
 def _body_bytes(line: Mapping[str, Any], name: str) -> bytes:
@@ -191,7 +193,11 @@ def _body_bytes(line: Mapping[str, Any], name: str) -> bytes:
     decoded = line[name]
     if decoded is None and (name == "response" or "raw_empty" not in line):
         return b""
-    return json.dumps(decoded, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(decoded, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a pair, which JSON can name and UTF-8 has not
+        return json.dumps(decoded, separators=(",", ":")).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------- differences
