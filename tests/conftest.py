@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from netplugin_sdk.testing.engine import VERSIONS
 
+from .volume import FULL
+
 pytest_plugins = ["pytester"]
+
+# No bound of time for an example, nor for making one: a machine may be busy.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
 
@@ -23,6 +33,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="VERSION",
         help=f"run tests/engine with this Docker Engine only; may be repeated (default: {', '.join(VERSIONS)})",
     )
+    parser.addoption("--sample", type=int, metavar="N", help="run N tests of each module only, spread over it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = [item for item in items if FULL or not item.get_closest_marker("release")]
+    if (wanted := config.getoption("sample")) is not None:
+        modules: dict[Path, list[pytest.Item]] = {}
+        for item in chosen:
+            modules.setdefault(item.path, []).append(item)
+        chosen = [item for tests in modules.values() for item in tests[:: -(-len(tests) // wanted)]]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+class ByEngine(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """A module's tests, with one engine where they have one, stay with one worker: they share what they have set up."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, test = nodeid.partition("::")
+        version = re.search(rf"\[({'|'.join(map(re.escape, VERSIONS))})", test)
+        return f"{module} {version[1] if version else ''}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine | None:
+    return ByEngine(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.hookimpl(wrapper=True)

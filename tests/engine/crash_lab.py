@@ -19,6 +19,7 @@ from pathlib import Path
 
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, OUTSIDE_ADDRESS, EngineError, PrivateEngine, wait_until
 
+from ..patience import PATIENCE
 from .conftest import state_of
 
 NETWORKS = ("red", "green", "blue")
@@ -27,9 +28,6 @@ KILL = ("--stop-signal", "KILL")
 
 MISSING = 2.0
 """Seconds that Docker must not know something before `IMPATIENT` removes it."""
-
-SETTLED = 20.0
-"""Seconds until it has removed all that, on a busy machine."""
 
 
 def impatient(missing: float) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ class Reached:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def soon(self, seconds: float = 20) -> None:
+    def soon(self, seconds: float = PATIENCE) -> None:
         """Raises AssertionError unless all are reached in time."""
         said = ""
 
@@ -200,7 +198,9 @@ def bridges(engine: PrivateEngine) -> dict[str, list[str]]:
     }
 
 
-def agree(engine: PrivateEngine, seconds: float = 10, *, driver: str = "myplugin", state: Path | None = None) -> None:
+def agree(
+    engine: PrivateEngine, seconds: float = PATIENCE, *, driver: str = "myplugin", state: Path | None = None
+) -> None:
     """Docker, the plugin's file and the kernel have the same networks and endpoints, soon."""
     seen: tuple[object, ...] = ()
 
@@ -234,7 +234,7 @@ def everything(engine: PrivateEngine) -> str:
     return "\n".join((state_of(engine), *ports, str(Known.of(engine))))
 
 
-def is_soon(look: Callable[[], object], wanted: object, seconds: float) -> None:
+def is_soon(look: Callable[[], object], wanted: object, seconds: float = PATIENCE) -> None:
     """Raises AssertionError, with both, unless it is so in time."""
     seen = None
 

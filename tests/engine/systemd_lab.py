@@ -1,8 +1,9 @@
 """A host with a real systemd, Docker's own units and a plugin's two. Its disk stays from one boot to the next.
 
-systemd is this machine's, as the first process of namespaces of its own; its files are this machine's too, read-only,
-but for /run, /etc, /var/lib, /opt, /dev and /tmp. containerd and dockerd are in a mount namespace of their own, whose
-root is the root file system of an engine (`netplugin_sdk.testing.engine`) and whose /run is the same as outside.
+systemd is this machine's, as the first process of namespaces of its own. Its root is a new tree with nothing of this
+machine but the programs, read-only, and a copy-on-write /etc: none of this machine's mounts is in it, since systemd
+would unmount them when it is switched off. containerd and dockerd are in a mount namespace of their own, whose root is
+the root file system of an engine (`netplugin_sdk.testing.engine`) and whose /run is the same as outside.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, OUTSIDE_ADDRESS, root_file_system, wait_until
+
+from ..patience import PATIENCE
 
 SYSTEMD = Path("/lib/systemd/systemd")
 ENGINE_ADDRESS6, OUTSIDE_ADDRESS6 = "2001:db8:51::1", "2001:db8:51::2"
@@ -46,6 +49,27 @@ _WANTED = {
 }
 _LOST = "-sys_boot,-sys_module,-sys_time,-syslog"  # capabilities over what has no namespaces
 
+# Mounts of a machine that has been in use, in a mount namespace of their own: each boot shows that they do not matter.
+# A mount below another, in the place of another, hidden by another, of a file, of a namespace, of a folder on itself,
+# and one with a name that mountinfo escapes.
+_MOUNTS_OF_OTHERS = """
+set -eu
+mkdir -p "$1/others/with blank" "$1/others/hidden/below"
+mount -t tmpfs tmpfs "$1/others/hidden/below"
+mount -t tmpfs tmpfs "$1/others/hidden"
+mount -t tmpfs tmpfs "$1/others/with blank"
+mount --rbind "$1/others" /mnt
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/docker/netns /run/user/0/doc
+ip netns add somebodys
+: > /run/docker/netns/default
+mount --bind /proc/self/ns/net /run/docker/netns/default
+mount -t tmpfs tmpfs /run/user/0
+mount -t tmpfs tmpfs /run/user/0
+for path in /etc /etc/passwd /home /opt /tmp /usr /var/lib /var/tmp; do mount --rbind $path $path; done
+mount --make-rshared /
+"""
+
 # $1 is the lab's folder. Ends when systemd does.
 _POWER = """
 set -eu
@@ -63,15 +87,28 @@ exit ${status:-0}
 # Becomes systemd. $1 is the lab's folder, $2 the repository, $3 the folder of its dependencies, $4 Python's.
 _BOOT = f"""
 set -eu
-disk=$1/disk
 umount "$1/cgroup"
-mount --bind "$1" "$1"
-mount --bind "$2" "$1/opt/repository"
-mount --bind "$3" "$1/opt/dependencies"
-mount --bind "$4" "$1/opt/python"
-mount --rbind "$1/opt" /opt
+mount -t tmpfs -o mode=755 tmpfs "$1/tree"
+cd "$1/tree"
+mkdir -p .old dev etc image lab opt proc root run sys tmp usr var/lib var/log var/tmp
+ln -s /run var/run
+for path in /bin /sbin /lib*; do
+    if [ -L $path ]; then cp --no-dereference $path .; else mkdir .$path; mount --bind -o ro $path .$path; fi
+done
+mount --bind -o ro /usr usr
+mount --bind "$1" lab
+mount --bind -o ro "$1/image" image
+mount -t overlay overlay -o lowerdir=/etc,upperdir="$1/disk/etc",workdir="$1/disk/etc-work" etc
+mount --bind "$1/opt" opt
+mount --bind -o ro "$2" opt/repository
+mount --bind -o ro "$3" opt/dependencies
+mount --bind -o ro "$4" opt/python
+mount -t proc proc proc
+pivot_root . .old
+cd /
+umount -l /.old
+rmdir /.old
 mount -o remount,bind,ro /
-mount -t proc proc /proc
 for path in /proc/sys/* /proc/sysrq-trigger; do
     [ ! -e $path ] || [ $path = /proc/sys/net ] || {{ mount --bind $path $path; mount -o remount,bind,ro $path; }}
 done
@@ -88,13 +125,14 @@ mount -t tmpfs tmpfs /dev/shm
 ln -s pts/ptmx /dev/ptmx
 ln -s /proc/self/fd /dev/fd
 for folder in /tmp /var/tmp; do mount -t tmpfs -o mode=1777 tmpfs $folder; done
-mount -t overlay overlay -o lowerdir=/etc,upperdir="$disk/etc",workdir="$disk/etc-work" /etc
-mount --bind "$disk/units" /etc/systemd/system
-mount --bind "$disk/lib" /var/lib
+mount -t tmpfs -o mode=755 tmpfs /etc/systemd
+mkdir /etc/systemd/system
+mount --bind /lab/disk/units /etc/systemd/system
+mount --bind /lab/disk/lib /var/lib
 mount -t tmpfs -o mode=755 tmpfs /run
 mount --make-shared /run
 mkdir -p /run/netns /run/log/journal
-mount --bind "$disk/journal" /run/log/journal
+mount --bind /lab/disk/journal /run/log/journal
 
 ip link set lo up
 ip netns add outside
@@ -109,7 +147,7 @@ ip -n outside link set eth0 up
 ip route add default via {OUTSIDE_ADDRESS}
 ip -6 route add default via {OUTSIDE_ADDRESS6}
 
-unshare --mount --propagation unchanged bash -c "$ENGINE" engine "$1" &
+unshare --mount --propagation unchanged bash -c "$ENGINE" engine &
 while ! [ -e /run/engine.env ]; do sleep 0.02; kill -0 $!; done
 mount --make-rshared /
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lab SYSTEMD_UNIT_PATH=/etc/systemd/system \\
@@ -119,12 +157,11 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=lab SYSTEMD_UNIT_PATH=/
 # Stays, as the anchor of the engine's mount namespace.
 _ENGINE = """
 set -eu
-disk=$1/disk
-cd "$1/root"
-mount -t overlay overlay -o lowerdir="$1/image",upperdir="$disk/engine",workdir="$disk/engine-work" .
-cd "$1/root"
+cd /lab/root
+mount -t overlay overlay -o lowerdir=/image,upperdir=/lab/disk/engine,workdir=/lab/disk/engine-work .
+cd /lab/root
 for folder in run proc sys dev; do mount --rbind /$folder $folder; done
-for name in docker containerd; do mkdir -p var/lib/$name; mount --bind "$disk/$name" var/lib/$name; done
+for name in docker containerd; do mkdir -p var/lib/$name; mount --bind "/lab/disk/$name" var/lib/$name; done
 mkdir -p .old
 pivot_root . .old
 cd /
@@ -146,7 +183,7 @@ set -eu
 image=$(mktemp -d)
 mkdir -p $image/bin
 cp /bin/busybox $image/bin/
-for applet in $(busybox --list); do [ $applet = busybox ] || ln -s busybox $image/bin/$applet; done
+$image/bin/busybox --install $image/bin
 tar -C $image -c . | docker import -c 'ENV PATH=/bin' - busybox
 """
 
@@ -171,7 +208,7 @@ class Host:
         self._power: subprocess.Popen[bytes] | None = None
         self.booted = 0.0
         """When it was switched on last."""
-        for name in ("cgroup", "root", *(f"disk/{name}" for name in _DISK)):
+        for name in ("cgroup", "others", "root", "tree", *(f"disk/{name}" for name in _DISK)):
             (self.folder / name).mkdir(parents=True)
         for name in (f"{program}/bin", "repository", "dependencies", "python"):
             (self.folder / "opt" / name).mkdir(parents=True)
@@ -212,10 +249,10 @@ class Host:
         """Switch it on, and wait until all its units have started."""
         self.booted = time.time()
         folders = (str(self.folder), str(_REPOSITORY), sysconfig.get_path("purelib"), sys.base_prefix)
-        scripts = {"BOOT": _BOOT, "ENGINE": _ENGINE, "LOST": _LOST}
+        power, scripts = _MOUNTS_OF_OTHERS + _POWER, {"BOOT": _BOOT, "ENGINE": _ENGINE, "LOST": _LOST}
         with (self.folder / "boot.log").open("ab") as log:
             self._power = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "bash", "-c", _POWER, "power", *folders],
+                ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "bash", "-c", power, "power", *folders],
                 env={**os.environ, **scripts},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -223,7 +260,7 @@ class Host:
                 start_new_session=True,
             )
         try:
-            wait_until(lambda: self._state() in ("running", "degraded"), 60, every=0.1)
+            wait_until(lambda: self._state() in ("running", "degraded"), PATIENCE, every=0.1)
         except TimeoutError:
             log_text = (self.folder / "boot.log").read_text()
             raise AssertionError(f"it does not boot ({self._state()}): {log_text}\n{self.journal()}") from None
@@ -239,15 +276,18 @@ class Host:
     def power_off(self) -> None:
         """Shut it down in order."""
         assert self._power is not None
-        self.run("systemctl", "poweroff")
-        self._power.wait(90)
+        self.run("systemctl", "poweroff", check=False)  # it may be ended with everything else
+        self._power.wait(2 * PATIENCE)
         self._power = None
 
     def cut_power(self) -> None:
         """End it at once."""
         if self._power is not None:
-            os.kill(self._first, signal.SIGKILL)
-            self._power.wait(30)
+            try:
+                os.kill(self._first, signal.SIGKILL)
+            except ProcessLookupError:  # it is not on yet, or off already
+                self._power.kill()
+            self._power.wait(PATIENCE)
             self._power = None
 
     def close(self) -> None:
@@ -270,9 +310,15 @@ class Host:
                 raise ProcessLookupError from None
         return pid
 
+    def mount_points(self) -> tuple[set[str], set[str]]:
+        """Those that systemd sees, and those of the machine below it."""
+        assert self._power is not None
+        here, below = (Path(f"/proc/{pid}/mountinfo").read_text() for pid in (self._first, self._power.pid))
+        return {line.split()[4] for line in here.splitlines()}, {line.split()[4] for line in below.splitlines()}
+
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
         """What a program of this machine prints, beside systemd; AssertionError with what it says if it fails."""
-        prefix = ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--wd=/", "--"]
+        prefix = ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--"]
         environment = ["env", "-i", "SYSTEMD_UNIT_PATH=/etc/systemd/system", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
         done = subprocess.run(
             [*prefix, *environment, *command], capture_output=True, text=True, timeout=timeout, check=False
@@ -283,7 +329,7 @@ class Host:
     def in_engine(self, *command: str, timeout: float = 60) -> str:
         """As `run`, for a program of the engine's root file system."""
         anchor = Path(f"/proc/{self._first}/root/run/engine.env").read_text().strip().removeprefix("ENGINE=")
-        return self.run("nsenter", f"--target={anchor}", "--mount", "--wd=/", "--", *command, timeout=timeout)
+        return self.run("nsenter", f"--target={anchor}", "--mount", "--", *command, timeout=timeout)
 
     def docker(self, *arguments: str) -> str:
         """What ``docker ARGUMENTS`` prints."""

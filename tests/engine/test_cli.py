@@ -13,6 +13,7 @@ import pytest
 
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
 from .conftest import plugin_beside
 from .test_minimal import source
 
@@ -38,7 +39,7 @@ def test_containers_start_while_the_driver_is_saved(engine: PrivateEngine, l2: P
                 return
             with (tmp_path / "l2.py").open("a") as file:
                 file.write("# saved\n")
-            wait_until(partial(has_started, number), 20)
+            wait_until(partial(has_started, number), PATIENCE)
 
     engine.docker("network", "create", "--driver", "l2", "mynet")
     engine.docker("run", "--detach", "--name", "web", "--network", "mynet", "busybox", "sleep", "600")

@@ -15,11 +15,12 @@ import pytest
 
 from netplugin_sdk.testing.engine import PrivateEngine, wait_until
 
+from ..patience import PATIENCE
+from ..volume import volume
 from .conftest import remove_all
 from .crash_lab import (
     IMPATIENT,
     LOST,
-    SETTLED,
     TEN,
     Reached,
     Users,
@@ -36,7 +37,7 @@ from .crash_lab import (
 NAMES = {box.name for box in TEN}
 ALWAYS = [box for box in TEN if box.always]
 ONCE = [box for box in TEN if not box.always]
-KILLS = 5
+KILLS = volume(3, 5)
 
 
 class Host:
@@ -61,7 +62,7 @@ def ten_on(engine: PrivateEngine) -> Iterator[Host]:
         agree(engine)
         yield host
         remove_all(engine)
-        is_soon(lambda: everything(engine), before, SETTLED)
+        is_soon(lambda: everything(engine), before)
     finally:
         if host.plugin.running:
             host.plugin.stop()
@@ -85,17 +86,17 @@ def all_are_served(engine: PrivateEngine) -> None:
     """New users meet no trouble, and what Docker, the plugin and the kernel have is the same."""
     remove_users(engine)
     with Users(engine) as users:
-        wait_until(lambda: users.done >= 4 or users.failed != [], 20)
+        wait_until(lambda: users.done >= 4 or users.failed != [], PATIENCE)
     assert users.failed == []
-    agree(engine, SETTLED)
+    agree(engine)
 
 
 def comes_back(engine: PrivateEngine) -> None:
     """After the engine was killed: what is always restarted runs and is reached, and of the rest nothing is left."""
-    is_soon(lambda: running(engine) & NAMES, {box.name for box in ALWAYS}, 20)
+    is_soon(lambda: running(engine) & NAMES, {box.name for box in ALWAYS})
     remove_users(engine)
     Reached(engine, ALWAYS).soon()
-    agree(engine, SETTLED)
+    agree(engine)
     engine.docker("start", *(box.name for box in ONCE))
     Reached(engine).soon()
     all_are_served(engine)
@@ -112,12 +113,11 @@ def test_the_plugin_is_killed_again_and_again(engine: PrivateEngine) -> None:
                 time.sleep(random.uniform(0.1, 1.0))
                 host.plugin.kill()
                 if number == 1:
-                    time.sleep(1)
                     assert not reached.missing(relay=False), "what is in the kernel stays there"
                 host.start_plugin()
                 assert not reached.missing()
             done = users.done
-            wait_until(lambda: users.done > done + 2, 40)
+            wait_until(lambda: users.done > done + 2, PATIENCE)
         lost = [said for said in users.failed if LOST in said]
         assert [said for said in users.failed if said not in lost] == []
         assert len(lost) <= 2 * KILLS, "each of the two has one request at a time"
@@ -128,7 +128,7 @@ def test_the_plugin_is_killed_again_and_again(engine: PrivateEngine) -> None:
 def test_the_engine_is_killed(host: Host) -> None:
     networks = docker_knows(host.engine).networks
     with Users(host.engine) as users:
-        wait_until(lambda: users.done >= 4, 20)
+        wait_until(lambda: users.done >= 4, PATIENCE)
         assert users.failed == []
         host.engine.kill()
     host.engine.start()
@@ -140,12 +140,13 @@ def test_both_are_killed(host: Host) -> None:
     """The engine is the first to start, as where nobody has told systemd of an order: it waits for the plugin."""
     networks = docker_knows(host.engine).networks
     with Users(host.engine) as users:
-        wait_until(lambda: users.done >= 4, 20)
+        wait_until(lambda: users.done >= 4, PATIENCE)
         host.plugin.kill()
         host.engine.kill()
+    logged = host.engine.log.stat().st_size
     with ThreadPoolExecutor(1) as starter:
         started = starter.submit(host.engine.start)
-        time.sleep(1)
+        wait_until(lambda: b"retrying in" in host.engine.log.read_bytes()[logged:], PATIENCE)
         host.start_plugin()
         started.result()
     assert docker_knows(host.engine).networks == networks
@@ -175,7 +176,7 @@ def test_live_restore(version: str) -> None:
         reached, known = Reached(engine), docker_knows(engine)
         for plugin_too in (False, True):
             with Users(engine) as users:
-                wait_until(lambda: users.done >= 2, 20)
+                wait_until(lambda: users.done >= 2, PATIENCE)
                 engine.kill()
                 if plugin_too:
                     host.plugin.kill()
@@ -187,6 +188,6 @@ def test_live_restore(version: str) -> None:
             assert not reached.missing()
             assert Reached(engine).pids == reached.pids
             remove_users(engine)
-            agree(engine, SETTLED)
+            agree(engine)
             assert docker_knows(engine) == known
         all_are_served(engine)

@@ -14,7 +14,10 @@ import pytest
 
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
 from .conftest import plugin_beside, state_of
+
+pytestmark = pytest.mark.one_engine
 
 # With the rights that its README names, and no others: all that follows is done with them.
 RIGHTS = "-all,+net_admin,+net_raw,+sys_admin"
@@ -60,7 +63,7 @@ class Lan:
                 *("--dhcp-range=192.168.7.100,192.168.7.150,255.255.255.0,1h", *options),
             ],
         )
-        wait_until(lambda: "DHCP, IP range" in self.log, 20)
+        wait_until(lambda: "DHCP, IP range" in self.log, PATIENCE)
 
     @property
     def log(self) -> str:
@@ -85,7 +88,7 @@ class Lan:
     def close(self) -> None:
         self.stop()
         self._engine.run(["ip", "netns", "delete", "lan"])
-        wait_until(lambda: self._engine.run(["ip", "link", "show", "up0"]).returncode != 0, 20)
+        wait_until(lambda: self._engine.run(["ip", "link", "show", "up0"]).returncode != 0, PATIENCE)
         self._engine.run(["ip", "link", "delete", "br0"])
 
 
@@ -158,7 +161,7 @@ def test_a_container_is_a_host_of_the_lan(engine: PrivateEngine, lan: Lan, link:
     assert pings(engine, "two", "web")
 
     engine.docker("rm", "--force", "web", "two")
-    wait_until(lambda: lan.leases() == {}, 20)
+    wait_until(lambda: lan.leases() == {}, PATIENCE)
 
 
 def test_a_container_that_starts_again(engine: PrivateEngine, lan: Lan, link: str) -> None:
@@ -168,7 +171,7 @@ def test_a_container_that_starts_again(engine: PrivateEngine, lan: Lan, link: st
     run(engine, "fixed", "--mac-address", "02:00:00:00:00:77")
     assert inspect(engine, "fixed")["IPAddress"] == "192.168.7.77"
     engine.docker("stop", "--time", "0", "web", "fixed")
-    wait_until(lambda: lan.leases() == {}, 20)
+    wait_until(lambda: lan.leases() == {}, PATIENCE)
     engine.docker("start", "web", "fixed")
     assert inspect(engine, "fixed")["IPAddress"] == "192.168.7.77"
     assert {address for address, _ in lan.leases().values()} == {"192.168.7.77", inspect(engine, "web")["IPAddress"]}
@@ -181,7 +184,7 @@ def test_the_servers_list_has_the_names_of_the_containers(engine: PrivateEngine,
     create(engine, "bridge=br0")
     run(engine, "my_web.1")
     run(engine, "db")
-    wait_until(lambda: {name for _, name in lan.leases().values()} == {"my-web-1", "db"}, 20)
+    wait_until(lambda: {name for _, name in lan.leases().values()} == {"my-web-1", "db"}, PATIENCE)
 
 
 @pytest.mark.usefixtures("plugin")
@@ -207,17 +210,17 @@ def test_a_plugin_that_is_killed_goes_on_with_its_leases(
     def renewed() -> int:
         return lan.log.count(f"DHCPACK(lan0) {address}")
 
-    wait_until(lambda: renewed() >= 3, 20)
+    wait_until(lambda: renewed() >= 3, PATIENCE)
     plugin.kill()
     before, discovered = renewed(), lan.log.count("DHCPDISCOVER")
     with engine.start_plugin("dhcp", DHCP) as again:
-        wait_until(lambda: renewed() >= before + 3, 20)
+        wait_until(lambda: renewed() >= before + 3, PATIENCE)
         assert lan.log.count("DHCPDISCOVER") == discovered
         assert "Traceback" not in again.log.read_text()
         assert pings(engine, "web", ROUTER)
         assert inspect(engine, "web")["IPAddress"] == address
         engine.docker("rm", "--force", "web")
-        wait_until(lambda: lan.leases() == {}, 20)
+        wait_until(lambda: lan.leases() == {}, PATIENCE)
 
 
 @pytest.mark.usefixtures("lan")
@@ -227,7 +230,7 @@ def test_without_a_server_docker_says_so_and_nothing_is_left(engine: PrivateEngi
     done = engine.run_docker("run", "--rm", "--network", "lan", "busybox")
     assert done.returncode != 0
     assert f"no DHCP server answered on {link.partition('=')[2]} within 2 s" in done.stderr
-    wait_until(lambda: state_of(engine) == before, 20)
+    wait_until(lambda: state_of(engine) == before, PATIENCE)
 
 
 @pytest.mark.usefixtures("plugin")
@@ -261,7 +264,7 @@ def test_ten_containers_at_once(engine: PrivateEngine, lan: Lan, link: str) -> N
     )
     for name in names:  # `docker rm` of several at once makes Engine 20.10 miscount: "network has active endpoints"
         engine.docker("rm", "--force", name)
-    wait_until(lambda: lan.leases() == {}, 20)
+    wait_until(lambda: lan.leases() == {}, PATIENCE)
 
 
 def test_an_engine_that_restarts(engine: PrivateEngine, lan: Lan, link: str) -> None:
@@ -269,9 +272,9 @@ def test_an_engine_that_restarts(engine: PrivateEngine, lan: Lan, link: str) -> 
     create(engine, link)
     run(engine, "web", "--restart", "always", "--stop-timeout", "1")
     engine.stop()
-    wait_until(lambda: lan.leases() == {}, 20)
+    wait_until(lambda: lan.leases() == {}, PATIENCE)
     engine.start()
-    wait_until(lambda: engine.docker("inspect", "-f", "{{.State.Running}}", "web") == "true", 20)
+    wait_until(lambda: engine.docker("inspect", "-f", "{{.State.Running}}", "web") == "true", PATIENCE)
     address = inspect(engine, "web")["IPAddress"]
     assert [address for address, _ in lan.leases().values()] == [address]
     assert pings(engine, "web", ROUTER)
@@ -285,7 +288,7 @@ def test_ipv6_addresses_are_those_that_the_router_announces(engine: PrivateEngin
     def global_addresses() -> str:
         return engine.docker("exec", "web", "ip", "-6", "address", "show", "dev", "eth0", "scope", "global")
 
-    wait_until(lambda: "fd00:7:" in global_addresses() and "tentative" not in global_addresses(), 20)
+    wait_until(lambda: "fd00:7:" in global_addresses() and "tentative" not in global_addresses(), PATIENCE)
     assert "default via fe80:" in engine.docker("exec", "web", "ip", "-6", "route")
     assert engine.run_docker("exec", "web", "ping", "-6", "-c1", "-W2", "fd00:7::1").returncode == 0
     of_the_host = engine.run(["ip", "-6", "-brief", "address"]).stdout.splitlines()

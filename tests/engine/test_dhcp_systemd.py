@@ -8,7 +8,10 @@ import pytest
 
 from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, wait_until
 
+from ..patience import PATIENCE
 from .systemd_lab import SYSTEMD, Host
+
+pytestmark = pytest.mark.one_engine
 
 # The LAN's server does not start with the host, but it is there when Docker asks.
 LAN_UNIT = """
@@ -57,9 +60,9 @@ def test_systemd_finds_nothing_wrong_with_them(host: Host) -> None:
 
 
 def test_all_works_with_what_the_unit_leaves_to_root(host: Host) -> None:
-    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 20, every=0.2)
+    wait_until(lambda: "web" in host.run("cat", "/run/leases"), PATIENCE, every=0.2)
     before = renewals(host)
-    wait_until(lambda: renewals(host) >= before + 2, 20, every=0.2)
+    wait_until(lambda: renewals(host) >= before + 2, PATIENCE, every=0.2)
     assert "1 packets received" in host.docker("exec", "web", "ping", "-c1", "-W2", OUTSIDE_ADDRESS)
     status = host.run("cat", f"/proc/{host.show('netplugin-dhcp.service', 'MainPID')}/status")
     can = [line.split()[1] for line in status.splitlines() if line.startswith(("CapEff", "CapBnd"))]
@@ -71,7 +74,7 @@ def test_a_killed_plugin_comes_back_and_goes_on_with_the_lease(host: Host) -> No
     kept = address(host)
     host.run("systemctl", "kill", "--signal=KILL", "netplugin-dhcp.service")
     before = renewals(host)
-    wait_until(lambda: renewals(host) >= before + 2, 20, every=0.2)
+    wait_until(lambda: renewals(host) >= before + 2, PATIENCE, every=0.2)
     assert address(host) == kept
     assert "WARNING" not in host.journal("netplugin-dhcp.service")
 
@@ -79,6 +82,6 @@ def test_a_killed_plugin_comes_back_and_goes_on_with_the_lease(host: Host) -> No
 def test_a_reboot(host: Host) -> None:
     host.power_off()
     host.boot()
-    wait_until(lambda: host.docker("ps", "--quiet") != "", 60, every=0.2)
-    wait_until(lambda: "web" in host.run("cat", "/run/leases"), 20, every=0.2)
+    wait_until(lambda: host.docker("ps", "--quiet") != "", PATIENCE, every=0.2)
+    wait_until(lambda: "web" in host.run("cat", "/run/leases"), PATIENCE, every=0.2)
     assert "1 packets received" in host.docker("exec", "web", "ping", "-c1", "-W2", OUTSIDE_ADDRESS)

@@ -1,13 +1,13 @@
 """The plugin is killed at a point of what a real engine asks for, and starts again: then all three agree.
 
 A network is created, a container runs on it with a published port, and both are removed, while the plugin is killed as
-it enters its Nth call that changes anything (tests/faults). In tests/kernel every point is tried, with an engine that
-repeats its calls; here the engine does it itself, at every ninth point, or with NETPLUGIN_FAULTS=1 at each.
+it enters its Nth call that changes anything (tests/faults). In tests/kernel it is asked by an engine that is played and
+repeats its calls; here the engine does it itself, at every ninth point of one engine or another, and with
+NETPLUGIN_FULL at each point of each.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import subprocess
@@ -26,10 +26,12 @@ import pytest
 from netplugin_sdk.docker import Docker, DockerError
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
+from ..volume import volume
 from .conftest import remove_all, state_of
 
-EVERY = int(os.environ.get("NETPLUGIN_FAULTS", "9"))
-FIRST = {"20.10": 1, "26.1": 4, "28.5": 7}
+EVERY = volume(27, 1)
+FIRST = {"20.10": 1, "26.1": min(10, EVERY), "28.5": min(19, EVERY)}
 """Of the points: others on each engine."""
 KILL_AT = Path(__file__).parents[1] / "faults" / "kill_at.py"
 PROGRAM = """
@@ -72,7 +74,7 @@ def supervisor(engine: PrivateEngine) -> Iterator[Supervisor]:
     with closing(Supervisor(engine)) as supervisor:
         yield supervisor
         remove_all(engine)
-        wait_until(lambda: state_of(engine) == before, 20)
+        wait_until(lambda: state_of(engine) == before, PATIENCE)
 
 
 def rows(engine: PrivateEngine) -> list[str]:
@@ -123,14 +125,14 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, supe
     tried = refusals = 0
     with engine.api() as docker:
         for point in count(FIRST[engine.version], EVERY):
-            wait_until(lambda: supervisor.plugin.running, 20)  # it may have been killed after all was done
+            wait_until(lambda: supervisor.plugin.running, PATIENCE)  # it may have been killed after all was done
             plugin = supervisor.plugin
             command = [sys.executable, "-I", str(KILL_AT), str(plugin.pid), str(point)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killer:
                 assert killer.stdout is not None
                 assert killer.stdout.readline() == "attached\n"
                 refused = live(docker)
-                until = time.monotonic() + 15
+                until = time.monotonic() + PATIENCE
                 while (seen := (state_of(engine), rows(engine))) != right and time.monotonic() < until:
                     time.sleep(0.1)
                 if not plugin.running:

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -29,12 +30,16 @@ from netplugin_sdk import DriverError
 from netplugin_sdk.docker import Docker, DockerError
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
+from ..volume import volume
 from . import test_faults
 from .conftest import MYPLUGIN, plugin_beside, remove_all
-from .test_faults import EMPTY, EVERY, FIRST, KILL_AT
+from .test_faults import EMPTY, FIRST, KILL_AT
 
-STEP = EVERY if EVERY == 1 else 2 * EVERY
-"""Of the points at which the plugin is killed; all of them with NETPLUGIN_FAULTS=1."""
+pytestmark = pytest.mark.one_engine
+
+STEP = volume(18, 1)
+"""Of the points at which the plugin is killed."""
 
 each_driver = pytest.mark.parametrize("driver", ["bridge", "myplugin"])
 
@@ -114,19 +119,23 @@ def nothing_stays(engine: PrivateEngine, myplugin: Process) -> Iterator[None]:
     yield
     assert myplugin.running
     remove_all(engine)
-    wait_until(lambda: rows(engine) == [], 20)
+    wait_until(lambda: rows(engine) == [], PATIENCE)
 
 
-def rows(engine: PrivateEngine, plugin: str = "myplugin") -> list[str]:
-    """What it has on disk: networks, and addresses in use or held. Of a copy, since nobody else reads the file."""
+def on_disk(engine: PrivateEngine, plugin: str, query: str) -> list[Any]:
+    """The first column of the plugin's state. Of a copy, since nobody else reads the file."""
     with TemporaryDirectory() as folder:
         for file in (engine.run_folder.parent / f"var/lib/netplugin/{plugin}").glob("ipam.db*"):
             copy(file, folder)
         with closing(sqlite3.connect(f"{folder}/ipam.db")) as db:
-            networks = [network for (network,) in db.execute("SELECT network FROM networks")]
-            return sorted(
-                [*networks, *(str(ip_address(packed)) for (packed,) in db.execute("SELECT address FROM addresses"))]
-            )
+            return [first for first, *_ in db.execute(query)]
+
+
+def rows(engine: PrivateEngine, plugin: str = "myplugin") -> list[str]:
+    """What it has on disk: networks, and addresses in use or held."""
+    networks = on_disk(engine, plugin, "SELECT network FROM networks")
+    addresses = on_disk(engine, plugin, "SELECT address FROM addresses")
+    return sorted([*networks, *(str(ip_address(packed)) for packed in addresses)])
 
 
 def create(
@@ -181,6 +190,7 @@ def pings(engine: PrivateEngine, container: str, target: str) -> bool:
 # ------------------------------------------------------------------------------------------- what users ask for
 
 
+@pytest.mark.each_engine
 @each_driver
 def test_addresses_in_a_range_and_those_that_are_asked_for(engine: PrivateEngine, driver: str) -> None:
     options = ("--ip-range", "10.77.0.128/30", "--gateway", "10.77.0.254", "--aux-address", "printer=10.77.0.129")
@@ -212,11 +222,11 @@ def test_dual_stack(engine: PrivateEngine, driver: str) -> None:
         assert seen == [four, "10.77.0.1", six, "fd00:77::1", "64"]
     assert pings(engine, "two", "10.77.0.77")
     # busybox has no ping for IPv6 here: a connection does as well
-    engine.docker("exec", "--detach", "one", "nc", "-l", "-p", "80", "-e", "echo", "hello")
-    wait_until(lambda: ":80 " in engine.docker("exec", "one", "netstat", "-ltn"), 20)
+    engine.docker("exec", "--detach", "one", "nc", "-ll", "-p", "80", "-e", "echo", "hello")
+    wait_until(lambda: ":80 " in engine.docker("exec", "one", "netstat", "-ltn"), PATIENCE)
     # Again, since on a busy machine the kernel may open a bridge's port later than neighbours are asked for.
     ask = ("exec", "two", "timeout", "3", "nc", "fd00:77::77", "80")
-    wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", 20)
+    wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", PATIENCE)
     before = rows(engine)
     assert len(before) == 2 + 6
     assert TAKEN in no_run(engine, "--ip6", "fd00:77::2")
@@ -224,6 +234,7 @@ def test_dual_stack(engine: PrivateEngine, driver: str) -> None:
     assert set(rows(engine)) - set(before) == {"10.77.0.3"}
 
 
+@pytest.mark.each_engine
 @each_driver
 def test_what_overlaps(engine: PrivateEngine, driver: str) -> None:
     """A network that is refused takes nothing from the one that is there."""
@@ -299,6 +310,7 @@ def test_the_addresses_are_those_that_dockers_own_ipam_gives(engine: PrivateEngi
         assert given("myplugin", options) == given("default", options), options
 
 
+@pytest.mark.each_engine
 def test_a_subnet_that_is_written_with_an_address(engine: PrivateEngine) -> None:
     """Newer engines refuse it themselves; 20.10 takes the network that it is in."""
 
@@ -446,6 +458,7 @@ def test_options_that_are_none(engine: PrivateEngine) -> None:
 # ---------------------------------------------------------------------------------------------- two want the same
 
 
+@pytest.mark.each_engine
 def test_two_containers_with_one_mac_address(engine: PrivateEngine) -> None:
     """They are one for an IPAM driver, which cannot tell the second from a request that is repeated."""
     create(engine, *SUBNET)
@@ -498,7 +511,7 @@ def restart(engine: PrivateEngine, end: Callable[[], None], before: Mapping[str,
     end()
     engine.start()
     with suppress(TimeoutError):
-        wait_until(lambda: addresses(engine) == before, 20, every=0.1)
+        wait_until(lambda: addresses(engine) == before, PATIENCE, every=0.1)
     assert addresses(engine) == before
     assert "overlaps" not in engine.log.read_bytes()[logged:].decode()
     assert passing(engine, network="on-bridge") == "10.77.0.3"
@@ -508,6 +521,7 @@ def asked(plugin: Process, method: str) -> int:
     return plugin.log.read_text().count(f"method=IpamDriver.{method} ")
 
 
+@pytest.mark.each_engine
 def test_a_plugin_with_a_disk_is_not_asked_again(engine: PrivateEngine, myplugin: Process) -> None:
     before = always(engine, "myplugin", "bridge", "myplugin")
     assert before["myplugin-one"] == "10.77.1.2 fd00:77:1::2"
@@ -516,12 +530,13 @@ def test_a_plugin_with_a_disk_is_not_asked_again(engine: PrivateEngine, myplugin
     for end in (engine.stop, engine.kill):
         restart(engine, end, before)
         assert rows(engine) == held
-    wait_until(lambda: asked(myplugin, "ReleaseAddress") == given_back, 20)
+    wait_until(lambda: asked(myplugin, "ReleaseAddress") == given_back, PATIENCE)
     assert asked(myplugin, "RequestPool") == pools
     assert pings(engine, "bridge-one", "10.77.0.99")
     assert pings(engine, "myplugin-one", "10.77.1.99")
 
 
+@pytest.mark.each_engine
 def test_a_plugin_without_a_disk_is_asked_again(engine: PrivateEngine) -> None:
     """Whether it was restarted with the engine or not."""
     forgetful = engine.start_plugin("forgetful", program(FORGETFUL))
@@ -546,6 +561,7 @@ def test_a_plugin_without_a_disk_is_asked_again(engine: PrivateEngine) -> None:
         forgetful.stop()
 
 
+@pytest.mark.each_engine
 def test_a_plugin_without_a_disk_is_asked_again_for_addresses_of_others(engine: PrivateEngine) -> None:
     forgetful = engine.start_plugin("forgetful", program(FORGETFUL))
     try:
@@ -572,7 +588,7 @@ class Supervisor(test_faults.Supervisor):
 def faulty(engine: PrivateEngine) -> Iterator[Supervisor]:
     with closing(Supervisor(engine)) as supervisor:
         yield supervisor
-        wait_until(lambda: supervisor.plugin.running, 20)
+        wait_until(lambda: supervisor.plugin.running, PATIENCE)
         remove_all(engine)
 
 
@@ -628,7 +644,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
         assert user.run("resident", "keeper")
         right = rows(engine, "faulty")
         for point in count(FIRST[engine.version], STEP):
-            wait_until(lambda: faulty.plugin.running, 20)
+            wait_until(lambda: faulty.plugin.running, PATIENCE)
             plugin, user = faulty.plugin, User(docker)
             command = [sys.executable, "-I", str(KILL_AT), str(plugin.pid), str(point)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killer:
@@ -641,7 +657,7 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
             if plugin.running:
                 break
             kills += 1
-            wait_until(lambda: faulty.plugin.running, 20)
+            wait_until(lambda: faulty.plugin.running, PATIENCE)
             leaks = set(rows(engine, "faulty")) - {*right, *leaked}
             assert len(leaks) <= 1, f"point {point}: {leaks}"
             leaked += leaks
@@ -649,14 +665,14 @@ def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faul
         assert len(set(life(user))) == 2
         assert not user.refusals
     print(f"Engine {engine.version}: {kills} kills at points, leaked: {', '.join(leaked) or 'nothing'}")
-    wait_until(lambda: rows(engine, "faulty") == right, 20)
+    wait_until(lambda: rows(engine, "faulty") == right, PATIENCE)
     assert not lost, "\n".join(lost)
     assert kills > 36 // STEP
 
 
 def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervisor) -> None:
     """It is slow, so that something is lost: an address that was given out, or given back, unheard."""
-    twice, over, kills = list[str](), Event(), 0
+    twice, over, kills, started = list[str](), Event(), 0, Counter[int]()
     drawn = Random(engine.version)
 
     def work(number: int) -> list[str]:
@@ -669,6 +685,7 @@ def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervis
                 name = f"worker{number}-{turn}"
                 if user.run(name, "busy"):
                     mine.append(name)
+                    started[number] += 1
                 if len(mine) > 3:
                     user.remove(mine.pop(0))
         raise AssertionError
@@ -686,10 +703,13 @@ def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervis
         working = [threads.submit(work, number) for number in range(3)]
         try:
             for end in ("kill", "stop", "kill", "kill"):
-                time.sleep(drawn.uniform(0.3, 0.9))
+                before = started.total()
+                wait_until(lambda before=before: started.total() >= before + 3, PATIENCE)  # type: ignore[misc]
+                time.sleep(drawn.uniform(0, 0.3))  # at any moment of a start
                 getattr(faulty.plugin, end)()
                 kills += end == "kill"
-                wait_until(lambda: faulty.plugin.running, 20)
+                wait_until(lambda: faulty.plugin.running, PATIENCE)
+            wait_until(lambda: len(user.addresses("busy")) > 3, PATIENCE)
         finally:
             over.set()
         watching.result()
@@ -702,7 +722,7 @@ def test_killed_and_restarted_under_load(engine: PrivateEngine, faulty: Supervis
 
         leaked = known() - right
         assert right <= known()
-        wait_until(lambda: known() == right, 20)
+        wait_until(lambda: known() == right, PATIENCE)
     print(
         f"Engine {engine.version}: {kills} kills under load, {len(running)} containers run, {len(refusals)} refusals; "
         f"leaked for a while: {', '.join(sorted(leaked)) or 'nothing'}"
@@ -721,17 +741,18 @@ def test_what_is_given_back_while_the_plugin_is_down(engine: PrivateEngine) -> N
             create(engine, *subnet, ipam="faulty", name=name)
         run(engine, "guest", network="stays")
         run(engine, "resident", network="stays")
-        time.sleep(4)  # the engine is asked which networks it has
+        # What it has not seen in the engine yet it would not miss.
+        wait_until(lambda: None not in on_disk(engine, "faulty", "SELECT engine FROM pools"), PATIENCE)
     with ThreadPoolExecutor() as users:  # Docker tries for a while
         users.submit(engine.docker, "rm", "--force", "guest")
         users.submit(engine.docker, "network", "rm", "goes")
     kept = ["10.77.8.0/24", "10.77.8.1", "10.77.8.2", "10.77.8.3"]
     assert rows(engine, "faulty") == ["10.77.7.0/24", "10.77.7.1", *kept]
     with engine.start_plugin("faulty", program(FAULTY)):
-        wait_until(lambda: rows(engine, "faulty") == kept, 20)
+        wait_until(lambda: rows(engine, "faulty") == kept, PATIENCE)
         create(engine, *goes, ipam="faulty", name="goes")
         kept.remove("10.77.8.2")
-        wait_until(lambda: set(kept) == {row for row in rows(engine, "faulty") if row.startswith("10.77.8.")}, 20)
+        wait_until(lambda: set(kept) == {row for row in rows(engine, "faulty") if row.startswith("10.77.8.")}, PATIENCE)
         assert passing(engine, network="stays") == "10.77.8.2"
         remove_all(engine)
 

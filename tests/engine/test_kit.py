@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.one_engine
+
 TEST = f"""
 def test_a_container(docker_engine):
     with docker_engine.start_plugin("myplugin", [{sys.executable!r}, "-m", "myplugin"]):

@@ -13,6 +13,8 @@ from netplugin_sdk.testing.engine import PrivateEngine, Process
 
 from .conftest import plugin_beside, remove_all
 
+pytestmark = pytest.mark.one_engine
+
 NAME = "netplugin-macvlan"
 COMMAND = (sys.executable, "-m", "netplugin_macvlan")
 ROUTER, HOST = "192.168.7.1", "192.168.7.99"

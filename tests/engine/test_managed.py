@@ -22,8 +22,11 @@ import pytest
 
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
 
+from ..patience import PATIENCE
 from .conftest import remove_all, state_of
 from .crash_lab import KILL, LOST, MISSING, Box, Reached, Users, agree, cut_power, docker_knows, is_soon
+
+pytestmark = pytest.mark.one_engine
 
 PROJECT = Path(__file__).parents[2] / "examples/myplugin"
 NETPLUGIN = Path(sys.executable).with_name("netplugin")
@@ -100,7 +103,7 @@ class Managed:
 
     def works(self, since: int | None = None) -> None:
         """All are reached, soon; Docker, the plugin and the kernel agree; and no call failed since then."""
-        is_soon(lambda: set(self.docker("ps", "--format={{.Names}}").split()), {box.name for box in BOXES}, 20)
+        is_soon(lambda: set(self.docker("ps", "--format={{.Names}}").split()), {box.name for box in BOXES})
         Reached(self.engine, BOXES).soon()
         for family, port in ((ENGINE_ADDRESS, 8080), ("2001:db8:51::1", 8081)):
             said = self.engine.run_outside(
@@ -116,7 +119,7 @@ class Managed:
 
         One that dies before that is away for up to 45 s: the engine asks on, and hears of its end afterwards.
         """
-        wait_until(lambda: any("method=IpamDriver.GetCapabilities" in line for line in self.said(since)), 20)
+        wait_until(lambda: any("method=IpamDriver.GetCapabilities" in line for line in self.said(since)), PATIENCE)
 
 
 @contextmanager
@@ -138,7 +141,7 @@ def managed_on(engine: PrivateEngine, bundled: Path) -> Iterator[Managed]:
     remove_all(engine)
     engine.docker("plugin", "disable", "myplugin")
     engine.docker("plugin", "rm", "myplugin")
-    is_soon(lambda: state_of(engine), before, 20)
+    is_soon(lambda: state_of(engine), before)
     assert list(engine.plugin_folder.iterdir()) == []
     assert not managed.state.exists()
 
@@ -187,7 +190,7 @@ def test_killed_again_and_again(managed: Managed) -> None:
             assert not reached.missing(relay=False), "what is in the kernel stays there"
             managed.is_started_anew(since)
         done = users.done
-        wait_until(lambda: users.done > done + 2, 40)
+        wait_until(lambda: users.done > done + 2, PATIENCE)
     assert [said for said in users.failed if LOST not in said] == []
     assert len(users.failed) <= 6, "each of the two has one request at a time"
     if left := managed.docker("ps", "--all", "--quiet", "--filter=name=user").split():
@@ -234,7 +237,7 @@ def test_a_plugin_that_cannot_start_does_not_keep_docker_down(managed: Managed) 
     with suppress(EngineError):  # the engine looks for it for 9.5 s, and `docker version` has 10
         managed.engine.start()
     assert managed.engine.run_docker("version", timeout=60).returncode == 0
-    wait_until(lambda: "other" in managed.docker("ps", "--format={{.Names}}"), 20)
+    wait_until(lambda: "other" in managed.docker("ps", "--format={{.Names}}"), PATIENCE)
     assert managed.docker("plugin", "inspect", "--format={{.Enabled}}", "myplugin") == "false"
     managed.docker("rm", "--force", "other")
     program.write_text(whole)

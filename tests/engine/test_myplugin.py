@@ -19,9 +19,10 @@ from netplugin_sdk.testing.engine import (
     wait_until,
 )
 
+from ..patience import PATIENCE
 from .conftest import MYPLUGIN, state_of
 
-pytestmark = pytest.mark.usefixtures("myplugin")
+pytestmark = [pytest.mark.one_engine, pytest.mark.usefixtures("myplugin")]
 
 # The outside host tells each caller which address it sees.
 TELL = f"""
@@ -37,7 +38,7 @@ socketserver.ThreadingTCPServer(("{OUTSIDE_ADDRESS}", 4000), Tell).serve_forever
 @pytest.fixture
 def outside(engine: PrivateEngine) -> Iterator[None]:
     with engine.spawn("tell", [sys.executable, "-c", TELL], outside=True):
-        wait_until(lambda: engine.run_outside(["ss", "-Hltn", "sport = :4000"]).stdout != "", 20)
+        wait_until(lambda: engine.run_outside(["ss", "-Hltn", "sport = :4000"]).stdout != "", PATIENCE)
         yield
 
 
@@ -127,7 +128,7 @@ def test_ipv6(engine: PrivateEngine) -> None:
     assert six.startswith("fd00:77::")
     # busybox has no ping for IPv6 here: a connection does as well
     engine.docker("exec", "--detach", "two", "nc", "-l", "-p", "80", "-e", "echo", "hello")
-    wait_until(lambda: ":80 " in engine.docker("exec", "two", "netstat", "-ltn"), 20)
+    wait_until(lambda: ":80 " in engine.docker("exec", "two", "netstat", "-ltn"), PATIENCE)
     assert engine.docker("exec", "one", "timeout", "3", "nc", six, "80") == "hello"
 
 
@@ -154,7 +155,7 @@ def test_a_container_that_is_restarted_and_killed(engine: PrivateEngine) -> None
     run(engine, "two")
     assert pings(engine, "two", "one")
     engine.docker("rm", "--force", "one", "two")
-    wait_until(lambda: state_of(engine) == before, 20)
+    wait_until(lambda: state_of(engine) == before, PATIENCE)
 
 
 def test_many_at_once(engine: PrivateEngine) -> None:
@@ -207,7 +208,7 @@ def test_a_network_that_cannot_be_leaves_nothing(engine: PrivateEngine, key: str
     assert done.returncode != 0
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    wait_until(lambda: state_of(engine) == before, 20)
+    wait_until(lambda: state_of(engine) == before, PATIENCE)
 
 
 def test_ipv6_needs_an_mtu_of_1280(engine: PrivateEngine) -> None:
@@ -231,7 +232,7 @@ def test_the_plugin_may_be_restarted_under_running_containers(engine: PrivateEng
         assert pings(engine, "two", "one")
         engine.docker("rm", "--force", "one", "two")
         engine.docker("network", "rm", "mynet")
-        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, 20)
+        wait_until(lambda: "br-" not in engine.run(["ip", "-brief", "link"]).stdout, PATIENCE)
 
 
 def test_the_engine_may_be_restarted(engine: PrivateEngine) -> None:
@@ -239,7 +240,7 @@ def test_the_engine_may_be_restarted(engine: PrivateEngine) -> None:
     run(engine, "one", "--restart", "always", "--stop-timeout", "1")
     engine.stop()
     engine.start()
-    wait_until(lambda: "one" in engine.docker("ps", "--format", "{{.Names}}"), 20)
+    wait_until(lambda: "one" in engine.docker("ps", "--format", "{{.Names}}"), PATIENCE)
     run(engine, "two")
     assert pings(engine, "two", "one")
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from netplugin_sdk.testing.cluster import Cluster, Host
-from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, EngineError, EngineUnavailable, wait_until
+from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, EngineError, EngineUnavailable, PrivateEngine, wait_until
+
+from ..patience import PATIENCE
 
 pytestmark = pytest.mark.one_engine
 
@@ -118,7 +120,7 @@ class Swarm:
         if services:
             self.manager.docker("service", "rm", *services)
         # It is in use until its last task has ended.
-        wait_until(lambda: self.manager.run_docker("network", "rm", self.name).returncode == 0, 60, every=0.5)
+        wait_until(lambda: self.manager.run_docker("network", "rm", self.name).returncode == 0, PATIENCE, every=0.5)
 
 
 def left(host: Host) -> list[str]:
@@ -130,7 +132,7 @@ def left(host: Host) -> list[str]:
 
 
 @contextmanager
-def nothing_left(cluster: Cluster, seconds: float = 10) -> Iterator[None]:
+def nothing_left(cluster: Cluster, seconds: float = PATIENCE) -> Iterator[None]:
     yield
     with suppress(TimeoutError):
         wait_until(lambda: not any(map(left, cluster.hosts)), seconds, every=0.5)
@@ -198,7 +200,7 @@ def test_what_is_reached_and_what_is_not(cluster: Cluster) -> None:
         assert "1 packets received" in here.run("ping", "-c1", "-W2", "-s", "1422", there.address("one"))
         (address,) = [word for word in there.run("ip", "-6", "address").split() if word.startswith("fd00:1::")]
         assert address == f"fd00:1::{hexadecimal(there.address('one'))}/96"
-        wait_until(lambda: here.reaches(address.split("/")[0]), 20)
+        wait_until(lambda: here.reaches(address.split("/")[0]), PATIENCE)
 
         assert enclosed.reaches(stranger.address("other"))
         for box, target in ((here, stranger.address("other")), (stranger, there.address("one"))):
@@ -211,12 +213,17 @@ def test_what_is_reached_and_what_is_not(cluster: Cluster) -> None:
         for host in cluster.hosts:
             for published in cluster.hosts:
                 if published is not host:
-                    fetch = (
+                    request = (
                         f"exec 3<>/dev/tcp/{published.address}/8080; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
                     )
-                    wait_until(lambda: "200 OK" in host.engine.run(["timeout", "3", "bash", "-c", fetch]).stdout, 20)  # noqa: B023
+                    answers_soon(host.engine, ["timeout", "3", "bash", "-c", request], "200 OK")
         one.remove("published", boxes=(here, there))
         other.remove(boxes=(stranger, enclosed))
+
+
+def answers_soon(engine: PrivateEngine, command: list[str], said: str) -> None:
+    """Raises TimeoutError unless the command prints that in the end."""
+    wait_until(lambda: said in engine.run(command).stdout, PATIENCE)
 
 
 def hexadecimal(ipv4: str) -> str:
@@ -230,7 +237,7 @@ def test_a_network_that_cannot_be(cluster: Cluster) -> None:
     with nothing_left(cluster):
         swarm = Swarm(cluster, "huge", "-o", "mtu=9000")
         swarm.service("web", "--mode", "global", "--restart-condition", "none")
-        wait_until(lambda: "leaves 1450 bytes" in tasks_of(swarm, "web"), 20, every=0.5)
+        wait_until(lambda: "leaves 1450 bytes" in tasks_of(swarm, "web"), PATIENCE, every=0.5)
         assert "option mtu=9000: eth1 (192.0.2.2) leaves 1450 bytes" in tasks_of(swarm, "web")
         swarm.remove("web")
 
@@ -269,6 +276,7 @@ def since(moment: float, condition: Callable[[], bool], within: float, what: str
     return seconds
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("number", [2, 0], ids=["worker", "manager"])
 def test_a_link_that_is_cut(cluster: Cluster, number: int) -> None:
     """For 30 s, in which the swarm gives the node up; an address moves to another node meanwhile."""
@@ -292,10 +300,11 @@ def test_a_link_that_is_cut(cluster: Cluster, number: int) -> None:
         sent, without = pinging.lost()
         assert sent > 140
         assert without == 0, f"between the others {without} of {sent} were lost"
-        wait_until(lambda: set(cluster.nodes().values()) == {"Ready"}, 60, every=0.5)
+        wait_until(lambda: set(cluster.nodes().values()) == {"Ready"}, PATIENCE, every=0.5)
         swarm.remove(boxes=list(boxes.values()))
 
 
+@pytest.mark.release
 def test_an_engine_that_is_killed(cluster: Cluster) -> None:
     """With its service's replica; the swarm starts another there when it is back. Another network it forgets."""
     with nothing_left(cluster, FORGOTTEN):
@@ -307,7 +316,7 @@ def test_an_engine_that_is_killed(cluster: Cluster) -> None:
         all_reach_all(list(boxes.values()), "mynet")
         pinging = Pinging(near, far.address("mynet"))
         lost.engine.kill()
-        wait_until(lambda: cluster.nodes()["node-3"] != "Ready", 40, every=0.5)
+        wait_until(lambda: cluster.nodes()["node-3"] != "Ready", PATIENCE, every=0.5)
         lost.engine.start()
 
         def replica() -> list[Box]:
@@ -315,7 +324,7 @@ def test_an_engine_that_is_killed(cluster: Cluster) -> None:
                 return [box for box in swarm.replicas("web") if box.host is lost and box != boxes[lost.name]]
             return []
 
-        wait_until(lambda: bool(replica()), 60, every=0.1)
+        wait_until(lambda: bool(replica()), PATIENCE, every=0.1)
         back = time.monotonic()
         (box,) = replica()
         since(back, lambda: near.reaches(box.address("mynet")), RETURN, "the new replica is reached")

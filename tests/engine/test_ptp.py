@@ -10,7 +10,10 @@ import pytest
 
 from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
 from .conftest import plugin_beside
+
+pytestmark = pytest.mark.one_engine
 
 COMMAND = (sys.executable, "-m", "netplugin_ptp")
 SUBNETS = ("--subnet", "10.20.0.0/24", "--ipv6", "--subnet", "fd00:20::/64")
@@ -92,7 +95,7 @@ def test_an_engine_that_restarts(engine: PrivateEngine) -> None:
     for end in (engine.stop, engine.kill):
         end()
         engine.start()
-        wait_until(lambda: engine.docker("inspect", "-f", "{{.State.Running}}", "one") == "true", 20)
+        wait_until(lambda: engine.docker("inspect", "-f", "{{.State.Running}}", "one") == "true", PATIENCE)
         assert pings(engine, "one", OUTSIDE_ADDRESS, OUTSIDE_IPV6)
         assert sum(line.startswith("10.20.0.") for line in routes(engine)) == 1
 

@@ -1,11 +1,12 @@
-"""Two hundred random sequences of what users do: the host is then exactly as it was before.
+"""Random sequences of what users do: the host is then exactly as it was before.
 
 A sequence makes networks with random options, runs, connects, disconnects, kills, restarts and removes containers, and
 ends the plugin now and then. What must be there is looked at after every step; then Docker removes everything, and
 nothing may be left: no interface, address, route, rule, chain, sysctl, process, socket, or row of the plugin's state.
 
 A failure prints what was left, the plugin's log, and a blob that repeats the sequence. Each takes about a second. They
-are the same in each run; with NETPLUGIN_SEQUENCES=100 there are so many, and others each time.
+are the same in each run: 12 with each engine, or 67 with NETPLUGIN_FULL. NETPLUGIN_SEQUENCES=100 plays so many,
+others each time.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from netplugin_sdk import DriverError
 from netplugin_sdk.docker import Docker, DockerError
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
 
+from ..patience import PATIENCE
+from ..volume import volume
 from .conftest import MYPLUGIN
 
-SEQUENCES = {"20.10": 60, "26.1": 80, "28.5": 60}
-"""By engine."""
+TIMES = int(os.environ.get("NETPLUGIN_SEQUENCES") or volume(12, 67))
+"""Sequences with each engine."""
 STEPS = 7
 """Of a sequence, after its first network."""
-PATIENCE = 20.0
-"""Seconds for what is right in the end: the kernel takes down a namespace after Docker has answered."""
 DESCRIPTORS, THREADS = 60, 24
 """That the plugin may have open, and may have, when there is no network."""
 
@@ -248,7 +249,7 @@ class World:
         self._prepare()
         for tool in ("iptables", "ip6tables"):
             (engine.folder / f"{tool}.saved").write_text(engine.run([f"{tool}-save"]).stdout)
-        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=60)
+        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=PATIENCE)
         self._logged = 0
 
     def _prepare(self) -> None:
@@ -288,7 +289,7 @@ class World:
     # ---------------------------------------------------------------------------------------------- the plugin
 
     def start_plugin(self) -> None:
-        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=60)
+        self.plugin = self.engine.start_plugin("myplugin", MYPLUGIN, timeout=PATIENCE)
 
     def stop_plugin(self, number: signal.Signals) -> None:
         if number == signal.SIGKILL:
@@ -982,10 +983,6 @@ class EngineRestarts(Sequences):
 
 @pytest.fixture
 def world(engine: PrivateEngine) -> Iterator[World]:
-    # Before the first look: what the engine makes once.
-    engine.docker("network", "create", "once")
-    engine.docker("run", "--rm", "--network", "once", "busybox", "true")
-    engine.docker("network", "rm", "once")
     world = World(engine)
     yield world
     world.close()
@@ -1008,17 +1005,13 @@ def play(machine: Callable[[World], Sequences], world: World, times: int, steps:
     print(f"{world.sequences} sequences: {', '.join(f'{what} {times}' for what, times in world.events.items())}")
 
 
-def sequences(world: World) -> int:
-    return int(os.environ.get("NETPLUGIN_SEQUENCES") or SEQUENCES[world.engine.version])
-
-
-def test_two_hundred_sequences(world: World) -> None:
-    play(Sequences, world, sequences(world), STEPS)
+def test_sequences(world: World) -> None:
+    play(Sequences, world, TIMES, STEPS)
 
 
 def test_the_plugin_is_killed_while_it_works(world: World) -> None:
-    play(Crashes, world, max(3, sequences(world) // 20), STEPS)
+    play(Crashes, world, max(3, TIMES // 20), STEPS)
 
 
 def test_the_engine_is_restarted(world: World) -> None:
-    play(EngineRestarts, world, max(2, sequences(world) // 50), STEPS)
+    play(EngineRestarts, world, max(2, TIMES // 50), STEPS)

@@ -15,6 +15,10 @@ import pytest
 import netplugin_sdk
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, PrivateEngine, wait_until
 
+from ..patience import PATIENCE
+
+pytestmark = pytest.mark.one_engine
+
 # The bridge has the number that was allocated in its name: so it came with CreateNetwork.
 DRIVER = """
 from netplugin_sdk import DriverOptions, Join, NetworkDriver, Scope, serve
@@ -106,7 +110,7 @@ def create(engine: PrivateEngine, name: str, *options: str) -> str:
     """Make a network of the swarm; its number, when it is allocated."""
     create = ("network", "create", "--driver", "global:latest", "--scope", "swarm", "--attachable", *options, name)
     engine.docker(*create)
-    wait_until(lambda: number(engine, name) != "", 20)
+    wait_until(lambda: number(engine, name) != "", PATIENCE)
     return number(engine, name)
 
 
@@ -136,7 +140,7 @@ def test_what_a_manager_allocates(swarm: PrivateEngine) -> None:
     chosen = create(swarm, "two", "--opt", "vni=5000")
     assert chosen == "5000"
     swarm.docker("network", "create", "--driver", "global:latest", "--scope", "swarm", "--opt", "vni=5000", "refused")
-    wait_until(lambda: "vni cannot be had: 5000 is in use" in swarm.log.read_text(), 20)
+    wait_until(lambda: "vni cannot be had: 5000 is in use" in swarm.log.read_text(), PATIENCE)
     swarm.docker("network", "rm", "refused")
 
     # Enabled again it is asked for nothing again, and remembers.
@@ -150,13 +154,13 @@ def test_what_a_manager_allocates(swarm: PrivateEngine) -> None:
     swarm.docker("rm", "--force", "server")
     swarm.stop()
     swarm.start()
-    wait_until(lambda: "Active" in swarm.docker("node", "ls"), 20)
-    wait_until(lambda: swarm.log.read_text().count("method=NetworkDriver.AllocateNetwork") >= 7, 20)
+    wait_until(lambda: "Active" in swarm.docker("node", "ls"), PATIENCE)
+    wait_until(lambda: swarm.log.read_text().count("method=NetworkDriver.AllocateNetwork") >= 7, PATIENCE)
     assert [number(swarm, name) for name in ("one", "two", "three")] == [one, chosen, three]
-    wait_until(lambda: "eth0" in run(swarm, "again", "two", "ip", "link"), 20)
+    wait_until(lambda: "eth0" in run(swarm, "again", "two", "ip", "link"), PATIENCE)
 
     swarm.docker("network", "rm", "one", "two", "three")
-    wait_until(lambda: not bridges(swarm), 20)
+    wait_until(lambda: not bridges(swarm), PATIENCE)
     assert create(swarm, "again", "--opt", "vni=5000") == "5000"  # it was freed
 
     # An engine that is killed forgets the network, and says nothing. As a manager it goes on listing it.
@@ -166,7 +170,7 @@ def test_what_a_manager_allocates(swarm: PrivateEngine) -> None:
         assert docker.runs(network)
     swarm.kill()
     swarm.start()
-    wait_until(lambda: "Active" in swarm.docker("node", "ls"), 20)
+    wait_until(lambda: "Active" in swarm.docker("node", "ls"), PATIENCE)
     with swarm.api() as docker:
         assert network in docker.networks()
         assert not docker.runs(network)

@@ -13,7 +13,10 @@ from netplugin_sdk.cnm.remote import Folders, installed
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 from netplugin_sdk.testing.recording import Entry, Exchange, read
 
+from ..patience import PATIENCE
 from .conftest import plugin_beside
+
+pytestmark = pytest.mark.one_engine
 
 NETPLUGIN = str(Path(sys.executable).with_name("netplugin"))
 
@@ -78,7 +81,7 @@ def foreign(engine: PrivateEngine, tmp_path: Path) -> Iterator[Process]:
 def tracing(engine: PrivateEngine, plugin: str, record: Path, mark: str = "in front") -> Iterator[Process]:
     """A trace of it, which has come so far."""
     with engine.spawn("trace", [NETPLUGIN, "trace", plugin, "-v", "--record", str(record)]) as trace:
-        wait_until(lambda: record.exists() and mark in record.read_text(), 20)
+        wait_until(lambda: record.exists() and mark in record.read_text(), PATIENCE)
         yield trace
 
 
@@ -130,7 +133,7 @@ def test_killed_in_the_middle_of_a_day(engine: PrivateEngine, tmp_path: Path) ->
         engine.docker("network", "create", "--driver", "myplugin", "mynet")
         engine.docker("run", "--detach", "--name", "web", "--network", "mynet", "busybox", "sleep", "600")
         trace.kill()
-    wait_until(lambda: not list(engine.plugin_folder.glob(".*")), 20)
+    wait_until(lambda: not list(engine.plugin_folder.glob(".*")), PATIENCE)
     assert "0% packet loss" in engine.docker("run", "--rm", "--network", "mynet", "busybox", "ping", "-c1", "web")
     engine.docker("rm", "--force", "web")
     engine.docker("network", "rm", "mynet")

@@ -1,10 +1,19 @@
-"""Real network namespaces, which vanish with the test: nothing of the host's network is seen or touched."""
+"""Real network namespaces, which vanish with the test: nothing of the host's network is seen or touched.
+
+Each test is checked for what it leaves behind.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +21,47 @@ import pytest
 from netplugin_sdk.linux import firewall
 from netplugin_sdk.testing.kit import own_namespace
 
-from .lab import SYSCTLS, Namespace, run
+from ..patience import PATIENCE
+from .lab import SYSCTLS, Namespace, run, things
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A network namespace that the tests of a module take for the host's, and a folder for temporary files.
+
+    Both are this process's own, so what is left in them is the test's, whatever else runs on this machine.
+    """
+    folder = tmp_path_factory.mktemp("t")
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        if os.geteuid() == 0:  # else there are the tests that do not need it
+            stack.enter_context(own_namespace())
+            stack.callback(_empty)
+        yield folder
+
+
+def _empty() -> None:
+    assert run("ip", "route") == run("ip", "-6", "route") == ""
+    if shutil.which("nft"):
+        assert run("nft", "list", "ruleset") == ""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(home: Path) -> Iterator[None]:
+    """Each test is checked for what it leaves behind."""
+    before = things(home)
+    yield
+
+    def left() -> dict[str, Counter[str]]:
+        return {kind: more for kind, found in things(home).items() if (more := found - before[kind])}
+
+    until, pause = time.monotonic() + PATIENCE, 0.01
+    while (found := left()) and time.monotonic() < until:
+        gc.collect()
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    assert not found, threading.enumerate()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from ipaddress import ip_address, ip_interface
 
 import pytest
@@ -13,6 +13,7 @@ from netplugin_sdk.linux import links
 from netplugin_sdk.linux.announce import announce, announce_to
 from netplugin_sdk.linux.links import LinkError
 
+from ..unit.serving import wait_for
 from .lab import Namespace, run
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -21,20 +22,19 @@ OLD, NEW = MacAddress("02:42:0a:09:00:63"), MacAddress("02:42:0a:09:00:64")
 
 
 @pytest.mark.parametrize("address", ["10.9.0.2", "fd00:9::2"])
-def test_who_remembered_another_mac_address_learns_the_new_one(address: str) -> None:
-    neighbour = Namespace()
+def test_who_remembered_another_mac_address_learns_the_new_one(
+    address: str, namespace: Callable[[], Namespace]
+) -> None:
+    neighbour = namespace()
     run("ip", "link", "add", "ve", "up", "type", "veth", "peer", "name", "eth0", "netns", neighbour.path)
     neighbour.adopt_addresses("eth0", "10.9.0.1/24", "fd00:9::1/64")
     neighbour.run("ip", "neighbour", "add", address, "lladdr", OLD, "dev", "eth0", "nud", "stale")
-    shown = ""
-    for _ in range(100):  # a link that is new hears no multicast yet
+
+    def learned() -> bool:
         announce("ve", {ip_address(address): NEW})
-        shown = neighbour.run("ip", "neighbour", "show", address)
-        if NEW in shown:
-            break
-        time.sleep(0.02)
-    assert f"lladdr {NEW}" in shown
-    neighbour.close()
+        return f"lladdr {NEW}" in neighbour.run("ip", "neighbour", "show", address)
+
+    wait_for(learned, "it to be learned: a link that is new hears no multicast yet")
 
 
 def test_a_bridge_learns_where_it_came_from() -> None:
@@ -43,18 +43,23 @@ def test_a_bridge_learns_where_it_came_from() -> None:
     run("ip", "link", "add", "name", "br", "up", "type", "bridge")
     for end in ("ve", "vf"):
         run("ip", "link", "set", f"{end}-br", "up", "master", "br")
-    announce("ve", {ip_address("10.9.0.2"): NEW})
-    assert f"{NEW} dev ve-br master br" in run("bridge", "fdb", "show")
-    announce("vf", {ip_address("fd00:9::2"): NEW})
-    assert f"{NEW} dev vf-br master br" in run("bridge", "fdb", "show")
+    for end, address in (("ve", "10.9.0.2"), ("vf", "fd00:9::2")):
+
+        def learned(end: str = end, address: str = address) -> bool:
+            announce(end, {ip_address(address): NEW})
+            return f"{NEW} dev {end}-br master br" in run("bridge", "fdb", "show")
+
+        wait_for(learned, "it to be learned: a port that is new lets nothing pass yet")
 
 
 @pytest.mark.parametrize(("here", "there"), [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")])
 @pytest.mark.parametrize("address", ["10.9.0.2", "fd00:9::2"])
-def test_one_host_only_learns_it_by_a_vxlan(here: str, there: str, address: str) -> None:
+def test_one_host_only_learns_it_by_a_vxlan(
+    here: str, there: str, address: str, namespace: Callable[[], Namespace]
+) -> None:
     """Where the MAC address is, of the VXLAN, and which one it is, of the neighbour."""
     length = 64 if ":" in here else 24
-    other = Namespace()
+    other = namespace()
     run("ip", "link", "add", "ve", "up", "type", "veth", "peer", "name", "eth0", "netns", other.path)
     run("ip", "address", "add", f"{here}/{length}", "dev", "ve", *(["nodad"] if ":" in here else []))
     other.adopt_addresses("eth0", f"{there}/{length}")
@@ -63,16 +68,14 @@ def test_one_host_only_learns_it_by_a_vxlan(here: str, there: str, address: str)
     other.adopt_addresses("vx", "10.9.0.1/24", "fd00:9::1/64")
     other.run("bridge", "fdb", "add", NEW, "dev", "vx", "dst", f"{there}9", "self", "dynamic")
     other.run("ip", "neighbour", "add", address, "lladdr", OLD, "dev", "vx", "nud", "stale")
-    known = ""
-    for _ in range(100):
+
+    def learned() -> bool:
         announce_to(ip_address(there), {ip_address(address): NEW}, vni=70000, local=ip_address(here), port=4800)
-        known = other.run("bridge", "fdb", "show", "dev", "vx") + other.run("ip", "neighbour", "show", address)
-        if f"{NEW} dst {here} self" in known and f"lladdr {NEW}" in known:
-            break
-        time.sleep(0.02)
-    assert f"{NEW} dst {here} self" in known
-    assert f"lladdr {NEW}" in known
-    other.close()
+        stations = other.run("bridge", "fdb", "show", "dev", "vx")
+        neighbours = other.run("ip", "neighbour", "show", address)
+        return f"{NEW} dst {here} self" in stations and f"lladdr {NEW}" in neighbours
+
+    wait_for(learned, "both to be learned")
 
 
 def test_a_host_that_cannot_be_told() -> None:

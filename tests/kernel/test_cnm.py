@@ -23,7 +23,7 @@ from netplugin_sdk.linux import firewall, links, ports
 from netplugin_sdk.messages import PortMapping, encode
 
 from ..unit.serving import wait_for
-from .lab import run
+from .lab import reaches, run, soon_reaches
 
 LAN = Subnet.parse("10.1.0.0/24")
 SIX = Subnet.parse("fd00:1::/64")
@@ -62,14 +62,6 @@ def two(controller: NetworkController, network: Network) -> tuple[Sandbox, Sandb
     return one, two
 
 
-def pings(sandbox: Sandbox, target: object) -> bool:
-    try:
-        sandbox.run("ping", "-c1", "-W1", str(target))
-    except DriverError:
-        return False
-    return True
-
-
 # A day
 
 
@@ -83,9 +75,9 @@ def test_two_sandboxes_reach_each_other(controller: NetworkController) -> None:
     assert second.addresses == {4: ip_interface("10.1.0.9/24"), 6: ip_interface("fd00:1::3/64")}
     (shown,) = json.loads(two.run("ip", "-json", "address", "show", "eth0"))
     assert shown["address"] == "02:00:00:00:00:09"
-    assert pings(one, "10.1.0.9")
-    assert pings(two, first.addresses[6].ip)
-    assert pings(two, "10.1.0.1")
+    assert soon_reaches(one, "10.1.0.9")
+    assert soon_reaches(two, first.addresses[6].ip)
+    assert soon_reaches(two, "10.1.0.1")
     assert one.run("ip", "route", "show", "default").startswith("default via 10.1.0.1 dev eth0")
     assert one.run("ip", "-6", "route", "show", "default").startswith("default via fd00:1::1 dev eth0")
     assert "from two (fd00:1::3)" in one.run("ping", "-c1", "-W1", "two")
@@ -94,7 +86,7 @@ def test_two_sandboxes_reach_each_other(controller: NetworkController) -> None:
     assert "eth0" not in two.run("ip", "link")
     with pytest.raises(DriverError, match="ping: two: "):
         one.run("ping", "-c1", "two")
-    assert not pings(one, "10.1.0.9")
+    assert not reaches(one, "10.1.0.9")
     assert list(network.endpoints) == ["one"]
 
 
@@ -146,7 +138,7 @@ def test_macvlan(controller: NetworkController) -> None:
     with pytest.raises(RemoteError, match="option parent=none: there is no such interface"):
         controller.create_network("none", "macvlan", options={"parent": "none"})
     one, _ = two(controller, lan)
-    assert pings(one, "10.1.0.3")
+    assert soon_reaches(one, "10.1.0.3")
     assert default_route(one) == "default via 10.1.0.1 dev eth0"
     assert "macvlan mode bridge" in one.run("ip", "-details", "link", "show", "eth0")
     controller.cleanup()
@@ -187,7 +179,7 @@ def test_overlay_on_one_host(controller: NetworkController) -> None:
     with pytest.raises(RemoteError, match="cannot create with identifier 4097"):
         create("d", "overlay", options=chosen)
     one, _ = two(controller, first)
-    assert pings(one, "10.1.0.3")
+    assert soon_reaches(one, "10.1.0.3")
     assert default_route(one) == ""
     assert "mtu 1450" in one.run("ip", "link", "show", "eth0")
 
@@ -201,7 +193,7 @@ def test_a_driver_of_an_installed_package(tmp_path: Path) -> None:
                 controller.create_network("lan", "bridge", subnets=[LAN])
                 continue
             one, _ = two(controller, controller.networks["lan"])
-            assert pings(one, "10.1.0.3")
+            assert soon_reaches(one, "10.1.0.3")
             controller.cleanup()
     ports.close()
     firewall.close()
@@ -350,10 +342,10 @@ def test_a_controller_goes_on(bridge: Plugin, tmp_path: Path) -> None:
         for name, endpoint in network.endpoints.items():
             for field_ in ("id", "addresses", "mac", "interface", "gateways", "_source", "_programmed"):
                 assert vars(endpoint)[field_] == before[name][field_]
-        assert pings(controller.sandboxes["one"], "10.1.0.3")
+        assert soon_reaches(controller.sandboxes["one"], "10.1.0.3")
         three = controller.create_sandbox("three")
         assert str(three.connect(network).addresses[4]) == "10.1.0.4/24"
-        assert pings(three, "10.1.0.2")
+        assert soon_reaches(three, "10.1.0.2")
         controller.sandboxes["two"].disconnect(network)
         controller.cleanup()
         assert not controller.networks

@@ -13,6 +13,7 @@ from netplugin_sdk.linux import conntrack, firewall, links
 from netplugin_sdk.linux.firewall import Policy
 from netplugin_sdk.linux.ports import Published
 
+from ..patience import PATIENCE
 from .lab import Namespace, run
 
 pytestmark = pytest.mark.usefixtures("iptables")
@@ -56,12 +57,14 @@ def test_a_flow_that_goes_on_follows_the_port_to_the_next_container(
         container.adopt(f"vc{number}", f"{address}/{prefix}", gateway=gateway.partition("/")[0])
         server = container.call(lambda: socket.socket(family, socket.SOCK_DGRAM))
         server.bind((address, 5001))
-        server.settimeout(5)
+        server.settimeout(PATIENCE)
         servers.append(server)
+        assert container.reaches(gateway.partition("/")[0])
+    assert outside.reaches(host)
     first, second = servers
     with outside.call(lambda: socket.socket(family, socket.SOCK_DGRAM)) as client, first, second:
         client.bind((str(network.ip + 1), 4000))
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         publish(one)
         client.sendto(b"to the first", (host, 5000))
         message, address = first.recvfrom(100)

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,11 +25,14 @@ import pytest
 
 from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.errors import InvalidRequest, Unavailable
-from netplugin_sdk.linux import firewall
+from netplugin_sdk.linux import firewall, iptables
 from netplugin_sdk.linux.firewall import FirewallError, Mode, Policy
-from netplugin_sdk.linux.iptables import parse
+from netplugin_sdk.linux.iptables import Backend, parse
 from netplugin_sdk.linux.ports import Published
+from netplugin_sdk.linux.programs import run as run_program
 
+from ..patience import PATIENCE
+from ..unit.serving import wait_for
 from ..unit.test_rules import GOLDEN, POLICIES, Host
 from .lab import SYSCTLS, run
 
@@ -70,18 +74,37 @@ def same(backend: str, before: str) -> bool:
     return sorted(rules(backend).splitlines()) == sorted(before.splitlines())
 
 
-def until(condition: Callable[[], bool], *, within: float = 20) -> None:
-    end = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < end, "it did not become so"
-        time.sleep(0.01)
+def until(condition: Callable[[], bool]) -> None:
+    wait_for(condition, "it to become so")
 
 
 @pytest.fixture
-def lively(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks soon, also where nobody tells of changes."""
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Those at what others have changed."""
+    found: list[object] = []
+    repair = firewall._repair
+
+    def look(*args: Any) -> None:
+        found.append(args)
+        repair(*args)
+
+    monkeypatch.setattr(firewall, "_repair", look)
+    return found
+
+
+@pytest.fixture
+def lively(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> Callable[[], None]:
+    """It looks soon, also where nobody tells of changes. Waits until what has changed before has been looked at."""
     monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.02)
     monkeypatch.setattr(firewall._Keeper, "_POLL", 0.1)
+
+    def settle() -> None:
+        before = len(looks)
+        run("nft", "add table ip telling; delete table ip telling")  # of this it is told last
+        until(lambda: len(looks) > before)
+        firewall.settle()
+
+    return settle
 
 
 @pytest.fixture
@@ -313,16 +336,15 @@ def test_tables_of_others_of_every_kind_are_read() -> None:
 # -------------------------------------------------------------------------------------------------------- beside Docker
 
 
-@pytest.mark.usefixtures("lively")
 @pytest.mark.parametrize(
     ("backend", "old"),
     [("iptables-nft", False), ("iptables-nft", True), ("iptables-legacy", True)],
     indirect=["backend"],
 )
-def test_an_engine_that_starts_later(backend: str, old: bool) -> None:
+def test_an_engine_that_starts_later(backend: str, old: bool, lively: Callable[[], None]) -> None:
     firewall.ensure(FULL)
     docker_starts(old=old)
-    settle_repairs()
+    lively()
     with_engine = rules(backend)
     firewall.close()
     firewall.ensure(FULL)
@@ -333,13 +355,13 @@ def test_an_engine_that_starts_later(backend: str, old: bool) -> None:
     assert rules(backend).count("FORWARD") == 4
 
 
-@pytest.mark.usefixtures("lively", "backend")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     ("backend", "old"),
     [("iptables-nft", False), ("iptables-nft", True), ("iptables-legacy", True)],
     indirect=["backend"],
 )
-def test_our_jump_stands_behind_the_users_rules(old: bool) -> None:
+def test_our_jump_stands_behind_the_users_rules(old: bool, lively: Callable[[], None]) -> None:
     docker_starts(old=old)
     run("iptables", "-I", "DOCKER-USER", "-s", "192.0.2.66", "-j", "DROP")
     firewall.ensure(FULL)
@@ -351,16 +373,10 @@ def test_our_jump_stands_behind_the_users_rules(old: bool) -> None:
     assert chain() == ["DROP", "NETPLUGIN", *(["RETURN"] if old else [])]
     run("iptables", "-A", "DOCKER-USER", "-s", "192.0.2.67", "-j", "DROP")
     if old:  # what stands behind a plain RETURN is never asked
-        settle_repairs()
+        lively()
         assert chain() == ["DROP", "NETPLUGIN", "RETURN", "DROP"]
     else:
         until(lambda: chain() == ["DROP", "DROP", "NETPLUGIN"])
-
-
-def settle_repairs() -> None:
-    """Wait until what has changed before has been looked at; with `lively`."""
-    time.sleep(0.13)
-    firewall.settle()
 
 
 # ----------------------------------------------------------------------------------------------------- at the same time
@@ -368,12 +384,10 @@ def settle_repairs() -> None:
 
 def test_what_only_takes_away_happens_in_the_background(backend: str) -> None:
     firewall.ensure(FULL)
-    with held_lock():
-        started = time.monotonic()
-        firewall.ensure(policy())
+    with ThreadPoolExecutor(1) as thread, held_lock():
+        thread.submit(firewall.ensure, policy()).result(PATIENCE)  # or it would wait until the lock is free
         if backend != "nftables":  # where there is no lock, it may be done already
             assert "8080" in rules(backend)
-        assert time.monotonic() - started < 3
     firewall.settle()
     assert "8080" not in rules(backend)
 
@@ -392,6 +406,42 @@ def held_lock() -> Iterator[None]:
     with Path("/proc/thread-self/ns/net").open("rb") as namespace:
         fcntl.flock(namespace, fcntl.LOCK_EX)
         yield
+
+
+@iptables_only
+def test_nobody_looks_between_the_look_of_another_and_its_change(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two that see the same rules change them twice, or the one removes what the other builds upon."""
+    first, second = Backend(), Backend()
+    order: list[str] = []
+    looked, go_on = threading.Event(), threading.Event()
+
+    def run_noted(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[int, str, str]:
+        who = "first" if pids is first.pids else "second"
+        order.append(who)
+        done = run_program(pids, package, *argv, stdin=stdin)
+        if who == "first" and argv[0] == "iptables-save":
+            looked.set()
+            assert go_on.wait(20)
+        return done
+
+    monkeypatch.setattr(iptables, "run", run_noted)
+    with ThreadPoolExecutor(2) as threads:  # in the test's namespace, too
+        change = threads.submit(first.apply, {"br-1": policy("br-1")})
+        assert looked.wait(20)
+        other = threads.submit(second.apply, {"br-2": policy("br-2")})
+        until(lambda: somebody_waits() or other.done())
+        go_on.set()
+        assert (change.result(20), other.result(20)) == (True, True)
+    assert order == sorted(order), "first's programs, then second's"
+    for bridge in ("br-1", "br-2"):
+        assert all(f"NETPLUGIN-{bridge}" in run(f"{command}-save") for command in COMMANDS)
+
+
+def somebody_waits() -> bool:
+    """For the lock of this network namespace."""
+    inode = Path("/proc/thread-self/ns/net").stat().st_ino
+    waiting = re.compile(rf"-> FLOCK .*:{inode} ")
+    return waiting.search(Path("/proc/locks").read_text()) is not None
 
 
 def test_many_threads(backend: str) -> None:
@@ -434,15 +484,25 @@ def test_many_threads_and_one_bridge(backend: str) -> None:
     assert sorted(rules(backend).splitlines()) == after
 
 
+def taken(bridge: str) -> bool:
+    """Whether what was asked for a new bridge is being done, or is done."""
+    return bridge in firewall._keeper._policies and bridge not in firewall._keeper._asked
+
+
+def waits(wish: Policy, answer: Future[None]) -> bool:
+    """Whether it has been asked for: it waits for what is being done, or is done already, where there is no lock."""
+    return answer.done() or wish.bridge in firewall._keeper._asked
+
+
 def test_a_policy_that_is_refused_does_not_hurt_the_others(backend: str) -> None:
     asked: list[Policy] = [policy(f"br-{number}") for number in range(6)]
     asked.insert(3, REFUSED)
     with ThreadPoolExecutor(8) as threads:
         with held_lock():
             first = threads.submit(firewall.ensure, policy("br-first"))
-            time.sleep(0.05)
+            until(lambda: taken("br-first"))
             waiting = [threads.submit(firewall.ensure, each) for each in asked]
-            time.sleep(0.05)
+            until(lambda: all(map(waits, asked, waiting)))
         first.result()
     errors = [each.exception() for each in waiting]
     assert [type(error) for error in errors] == [FirewallError if each is REFUSED else type(None) for each in asked]
@@ -536,9 +596,8 @@ def test_each_single_nft_rule_is_put_back(backend: str, caplog: pytest.LogCaptur
     until(lambda: rules(backend) == complete)
 
 
-@pytest.mark.usefixtures("lively")
 def test_what_others_have_changed_for_themselves_is_kept(
-    backend: str, programs: list[str], caplog: pytest.LogCaptureFixture
+    backend: str, programs: list[str], caplog: pytest.LogCaptureFixture, lively: Callable[[], None]
 ) -> None:
     firewall.ensure(FULL)
     programs.clear()
@@ -547,8 +606,8 @@ def test_what_others_have_changed_for_themselves_is_kept(
     else:
         run("iptables", "-A", "INPUT", "-s", "192.0.2.66", "-j", "DROP")
         run("iptables", "-t", "nat", "-A", "PREROUTING", "-s", "192.0.2.66", "-j", "RETURN")
-    until(lambda: bool(programs))
-    settle_repairs()
+    lively()
+    assert programs
     assert set(programs) <= LOOKS, "it looks, and changes nothing"
     assert not caplog.messages
     assert "192.0.2.66" in rules(backend) or "table inet mine" in rules(backend)
@@ -556,29 +615,24 @@ def test_what_others_have_changed_for_themselves_is_kept(
 
 @announced_only
 @pytest.mark.usefixtures("backend")
-def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[object] = []
-    repair = firewall._repair
-
-    def look(*args: Any) -> None:
-        looks.append(args)
-        repair(*args)
-
-    monkeypatch.setattr(firewall, "_repair", look)
-    monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.02)
+def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> None:
+    monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.0)
     for turn in range(5):
         for number in range(3):
             firewall.ensure(policy(f"br-{number}", icc=turn % 2 == 0))
         firewall.delete("br-1")
-    firewall.settle()
-    time.sleep(0.1)
+    for _ in range(2):  # what it is told of it has heard before it answers, and looked at before it answers again
+        firewall.settle()
     assert not looks
     run("nft", "add", "table", "ip", "mine")
     until(lambda: bool(looks))
 
 
 @announced_only
-def test_a_change_after_somebody_elses_costs_no_look(backend: str, programs: list[str]) -> None:
+def test_a_change_after_somebody_elses_costs_no_look(
+    backend: str, programs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firewall._Keeper, "_QUIET", 3600.0)  # else the look at theirs may come first
     firewall.ensure(FULL)
     if backend == "nftables":
         run("nft", "add table inet mine; add chain inet mine c; add rule inet mine c accept")
@@ -623,10 +677,13 @@ def test_a_refused_policy_does_not_keep_the_others_from_repair(backend: str) -> 
 @pytest.mark.usefixtures("lively")
 def test_what_was_deleted_is_not_put_back(backend: str) -> None:
     firewall.ensure(FULL)
+    firewall.ensure(policy("br-2"))
     firewall.delete("br-1")
+    wanted = ours(backend)
     flush(backend)
-    settle_repairs()
-    assert "netplugin" not in rules(backend).lower()
+    until(lambda: ours(backend) == wanted)
+    assert '"netplugin_sdk:br-2"' in rules(backend)
+    assert '"netplugin_sdk:br-1"' not in rules(backend)
 
 
 # ------------------------------------------------------------------------------------------------------ other processes
@@ -638,7 +695,7 @@ class Other:
     _CODE = """if True:
         import os, sys
         from ipaddress import ip_network
-        from netplugin_sdk.linux import firewall
+        from netplugin_sdk.linux import firewall, iptables
         firewall.use(sys.argv[1])
         for line in sys.stdin:
             verb, _, bridge = line.strip().partition(" ")
@@ -681,7 +738,7 @@ class Other:
 
     def end(self) -> str:
         """What it complained of."""
-        return self.process.communicate(timeout=5)[1]
+        return self.process.communicate(timeout=PATIENCE)[1]
 
 
 @pytest.fixture
@@ -765,7 +822,7 @@ def test_a_process_that_is_killed_in_the_middle_leaves_no_lock(backend: str, oth
         firewall.ensure(FULL)
         firewall.delete("br-9")
         firewall.delete("br-1")
-        victim.process.wait(5)
+        victim.process.wait(PATIENCE)
     until(lambda: gone(backend, before))
 
 
@@ -799,7 +856,7 @@ def test_many_removals_are_done_before_the_interpreter_ends(backend: str, tail: 
     code = f"""if True:
         from dataclasses import replace
         from ipaddress import ip_network
-        from netplugin_sdk.linux import firewall
+        from netplugin_sdk.linux import firewall, iptables
         firewall.use({backend.partition("-")[0]!r})
         wide = [firewall.Policy(bridge=f"br-{{n}}", subnets=(ip_network("10.9.0.0/24"),)) for n in range(9)]
         for each in wide:
@@ -896,10 +953,10 @@ def test_a_delete_that_is_refused_is_told_also_beside_others(backend: str) -> No
     with ThreadPoolExecutor(3) as threads:
         with held_lock():
             first = threads.submit(firewall.ensure, policy("br-0", internal=True))
-            time.sleep(0.05)
+            until(lambda: firewall._keeper._policies["br-0"].internal and taken("br-0"))
             deleted = threads.submit(firewall.delete, "br-1")
-            added = threads.submit(firewall.ensure, policy("br-2", subnets=SUBNETS[:1]))
-            time.sleep(0.05)
+            added = threads.submit(firewall.ensure, wish := policy("br-2", subnets=SUBNETS[:1]))
+            until(lambda: waits(FULL, deleted) and waits(wish, added))
         first.result()
         added.result()
         with pytest.raises(FirewallError):

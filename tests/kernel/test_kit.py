@@ -11,14 +11,14 @@ from netplugin_sdk.cnm import RemotePlugin, Subnet
 from netplugin_sdk.cnm.remote import Address
 from netplugin_sdk.testing.kit import Lab
 
-from .lab import run
+from .lab import run, soon_reaches
 
 FIRST = """
 from myplugin.driver import BridgeDriver
 
 def test_neighbours(lab):
     one, two = lab.containers(BridgeDriver(), "one", "two")
-    one.run("ping", "-c1", "two")
+    one.run("ping", "-c1", "-w20", "two")
 """
 
 
@@ -44,7 +44,7 @@ def test_a_lab(lab: Lab) -> None:
     network = lab.network(BridgeDriver(), subnets=[Subnet.parse("10.1.0.0/24")])
     box = lab.controller.create_sandbox("box")
     box.connect(network)
-    assert box.run("ping", "-c1", "-W1", "10.1.0.1")
+    assert soon_reaches(box, "10.1.0.1")
     other = lab.network(BridgeDriver(), "other", subnets=[Subnet.parse("10.2.0.0/24")])
     box.connect(other)
     assert sorted(lab.controller.networks) == ["lan", "other"]
@@ -52,9 +52,8 @@ def test_a_lab(lab: Lab) -> None:
 
 def test_outside_sees_who_masquerades(lab: Lab) -> None:
     (box,) = lab.containers(BridgeDriver(), "box", subnets=[Subnet.parse("10.1.0.0/24")])
-    assert lab.outside.run("ping", "-c1", "-W1", "198.51.100.1")
-    assert lab.outside.run("ping", "-c1", "-W1", "2001:db8:51::1")
-    assert box.run("ping", "-c1", "-W1", "198.51.100.2")
+    assert soon_reaches(lab.outside, "198.51.100.1", "2001:db8:51::1")
+    assert soon_reaches(box, "198.51.100.2")
 
 
 def test_a_plugin_over_its_socket(lab: Lab) -> None:

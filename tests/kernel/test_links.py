@@ -17,6 +17,8 @@ from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
 from netplugin_sdk.linux.namespaces import unshare
 
+from ..patience import PATIENCE
+from ..unit.serving import wait_for
 from .lab import SYSCTLS, Namespace, run
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -317,7 +319,7 @@ def test_close_waits_for_what_is_under_way_and_the_next_use_starts_anew() -> Non
     with ThreadPoolExecutor(10) as callers:
         deletions = [callers.submit(links.delete, f"h{turn}") for turn in range(10)]
         links.close()
-        assert all(deletion.result(10) for deletion in deletions)
+        assert all(deletion.result(PATIENCE) for deletion in deletions)
     assert links.exists("lo")
 
 
@@ -595,7 +597,8 @@ def test_what_is_unreachable_but_for_a_part_of_it(link: IPInterface, namespace: 
     container = namespace()
     container.adopt("vc-t", f"{network[2]}/{network.prefixlen}")
     links.ensure_route(ip_network(network[2]), "ve-t")
-    run("ping", "-c1", "-W2", str(network[2]))
+    ping = ["ping", "-q", "-c1", "-W1", str(network[2])]
+    wait_for(lambda: subprocess.run(ping, check=False, capture_output=True).returncode == 0, "the container to answer")
     with pytest.raises(AssertionError, match=r"^ping .*: (ping: connect: No route to host)?"):
         run("ping", "-c1", "-W2", str(network[3]))
     assert links.delete_route(network)

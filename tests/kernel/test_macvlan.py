@@ -19,7 +19,6 @@ from netplugin_macvlan.driver import MacvlanDriver
 from netplugin_sdk import Plugin
 from netplugin_sdk.addresses import MacAddress, TransportProtocol
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
-from netplugin_sdk.errors import DriverError
 from netplugin_sdk.linux import links
 from netplugin_sdk.messages import PortMapping
 from netplugin_sdk.testing.conformance import Group, Outcome, Subject
@@ -27,6 +26,7 @@ from netplugin_sdk.testing.conformance import run as run_checks
 from netplugin_sdk.testing.kit import Lab
 
 from ..unit.lab import NETWORK, OTHER_NETWORK, Docker, create_endpoint, create_network, joining, of
+from .lab import reaches, soon_reaches
 from .test_conformance import Running
 
 HOST, ROUTER = "198.51.100.1", "198.51.100.2"
@@ -48,22 +48,6 @@ def parent(lab: Lab) -> str:
     return "uplink"
 
 
-def reaches(sandbox: Sandbox, target: str) -> bool:
-    try:
-        sandbox.run("ping", "-c1", "-W1", target)
-    except DriverError:
-        return False
-    return True
-
-
-def from_outside(lab: Lab, target: object) -> bool:
-    try:
-        lab.outside.run("ping", "-c1", "-W1", str(target))
-    except DriverError:
-        return False
-    return True
-
-
 def shown(sandbox: Sandbox) -> dict[str, Any]:
     (link,) = json.loads(sandbox.run("ip", "-json", "-details", "address", "show", "eth0"))
     return dict(link)
@@ -72,10 +56,9 @@ def shown(sandbox: Sandbox) -> dict[str, Any]:
 def test_containers_are_hosts_of_the_lan(lab: Lab, parent: str) -> None:
     subnets, options = [LAN, LAN_IPV6], {"parent": parent}
     one, two = lab.containers(MacvlanDriver(), "one", "two", subnets=subnets, ipv6=True, options=options)
-    for target in ("two", ROUTER, "2001:db8:51::2"):
-        assert reaches(one, target)
+    assert soon_reaches(one, "two", ROUTER, "2001:db8:51::2")
     (endpoint,) = two.endpoints
-    assert all(from_outside(lab, address.ip) for address in endpoint.addresses.values())
+    assert soon_reaches(lab.outside, *(address.ip for address in endpoint.addresses.values()))
     assert not reaches(one, HOST), "as with every macvlan"
     assert one.run("ip", "route", "show", "default").startswith(f"default via {ROUTER} dev eth0")
     assert one.run("ip", "-6", "route", "show", "default").startswith("default via 2001:db8:51::2 dev eth0")
@@ -92,7 +75,7 @@ def test_the_controller_finds_it_where_it_is_installed(lab: Lab, parent: str) ->
     network = lab.controller.create_network("lan", "netplugin-macvlan", subnets=[LAN], options=options)
     box = lab.controller.create_sandbox("box")
     box.connect(network)
-    assert reaches(box, ROUTER)
+    assert soon_reaches(box, ROUTER)
 
 
 def test_a_mac_address_of_ones_own(lab: Lab, parent: str) -> None:
@@ -107,7 +90,7 @@ def test_modes_in_which_containers_are_apart(lab: Lab, parent: str, mode: str) -
     options = {"parent": parent, "macvlan_mode": mode}
     one, _ = lab.containers(MacvlanDriver(), "one", "two", subnets=[LAN], options=options)
     assert shown(one)["linkinfo"]["info_data"]["mode"] == mode
-    assert reaches(one, ROUTER)
+    assert soon_reaches(one, ROUTER)
     assert not reaches(one, "two"), "the switch outside does not send back what it gets"
 
 
@@ -117,7 +100,7 @@ def test_passthru_is_for_one_container_of_one_network(lab: Lab, parent: str) -> 
     network = lab.network(MacvlanDriver(), subnets=[LAN], options=alone)
     one, two = (lab.controller.create_sandbox(name) for name in ("one", "two"))
     one.connect(network)
-    assert reaches(one, ROUTER)
+    assert soon_reaches(one, ROUTER)
     with pytest.raises(RemoteError, match=r"macvlan vc-.* cannot create on uplink: Invalid argument"):
         two.connect(network)
     for options in (alone, {"parent": parent}):
@@ -138,13 +121,13 @@ def test_two_networks_on_one_parent(lab: Lab, parent: str) -> None:
     other = lab.controller.create_network("other", "lan", subnets=[LAN_IPV6], ipv6=True, options={"parent": parent})
     two = lab.controller.create_sandbox("two")
     two.connect(other)
-    assert reaches(one, ROUTER)
-    assert reaches(two, "2001:db8:51::2")
+    assert soon_reaches(one, ROUTER)
+    assert soon_reaches(two, "2001:db8:51::2")
 
 
 def test_internal_has_no_default_route(lab: Lab, parent: str) -> None:
     (one,) = lab.containers(MacvlanDriver(), "one", subnets=[LAN], internal=True, options={"parent": parent})
-    assert reaches(one, ROUTER)
+    assert soon_reaches(one, ROUTER)
     assert "default" not in one.run("ip", "route")
 
 

@@ -4,7 +4,6 @@ import resource
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
@@ -173,11 +172,9 @@ def test_requests_that_differ_in_the_hosts_address_have_one_port() -> None:
 
 
 def test_a_thousand_ports() -> None:
-    began = time.monotonic()
     published = ports.publish("a", [p(n, n) for n in range(8000, 9000)], addresses=BOTH)
     assert len(published) == 2000
     ports.release("a")
-    assert time.monotonic() - began < 30
     assert free(8000)
     assert free(8999)
 

@@ -24,6 +24,8 @@ from netplugin_sdk import PortMapping, TransportProtocol
 from netplugin_sdk.addresses import IPAddress, IPInterface
 from netplugin_sdk.linux import ports
 
+from ..patience import PATIENCE
+from ..unit.serving import wait_for
 from .lab import Namespace, run
 
 TCP, UDP = TransportProtocol.TCP, TransportProtocol.UDP
@@ -54,11 +56,8 @@ def free(port: int) -> bool:
     return True
 
 
-def until(true: Callable[[], object], within: float = 20) -> None:
-    end = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def until(true: Callable[[], object]) -> None:
+    wait_for(true, "it to become so")
 
 
 def relays(parent: int | None = None) -> list[int]:
@@ -101,7 +100,9 @@ def serve() -> Iterator[Callable[..., socket.socket]]:
             def accept() -> None:
                 with suppress(OSError):
                     while True:
-                        threading.Thread(target=each, args=(listener.accept()[0],), daemon=True).start()
+                        connection, _ = listener.accept()
+                        stack.callback(wake, connection)
+                        threading.Thread(target=each, args=(connection,), daemon=True).start()
 
             def each(connection: socket.socket) -> None:
                 with connection, suppress(OSError):
@@ -114,10 +115,14 @@ def serve() -> Iterator[Callable[..., socket.socket]]:
         yield start
 
 
-def stop(server: socket.socket) -> None:
-    """Wake the thread that waits for it."""
+def wake(waited_for: socket.socket) -> None:
+    """The thread that waits for it."""
     with suppress(OSError):
-        server.shutdown(socket.SHUT_RDWR)
+        waited_for.shutdown(socket.SHUT_RDWR)
+
+
+def stop(server: socket.socket) -> None:
+    wake(server)
     server.close()
 
 
@@ -131,8 +136,12 @@ def echo(connection: socket.socket) -> None:
         connection.sendall(data)
 
 
+def connected(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+
+
 def ask(address: str, port: int, text: bytes = b"hello") -> bytes:
-    with socket.create_connection((address, port), timeout=5) as connection:
+    with socket.create_connection((address, port), timeout=PATIENCE) as connection:
         connection.sendall(text)
         connection.shutdown(socket.SHUT_WR)
         return read(connection)
@@ -167,9 +176,8 @@ def test_each_side_may_end_first(serve: Callable[..., socket.socket]) -> None:
     assert ask("127.0.0.1", 8080, bytes(1000)) == b"1000"
     stop(server)
     serve(greet)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
+    with connected(8080) as connection:
         assert read(connection) == b"welcome"
-        time.sleep(0.05)
         connection.sendall(b"and thanks")
     until(lambda: heard == [b"and thanks"])
 
@@ -178,7 +186,7 @@ def test_a_large_transfer_in_both_directions(serve: Callable[..., socket.socket]
     serve(echo)
     publish(8080)
     data = os.urandom(1 << 20) * 16
-    with socket.create_connection(("127.0.0.1", 8080), timeout=10) as connection:
+    with connected(8080) as connection:
 
         def send() -> None:
             connection.sendall(data)
@@ -202,7 +210,7 @@ def test_a_slow_reader_slows_the_writer(serve: Callable[..., socket.socket]) -> 
 
     serve(pour)
     publish(8080)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=10) as connection:
+    with connected(8080) as connection:
         until(lambda: sent)
         time.sleep(0.3)
         assert sent < 128
@@ -233,18 +241,20 @@ def test_a_connection_that_cannot_be_made_is_refused(container: str) -> None:
     for _ in range(3):
         with (
             pytest.raises(ConnectionResetError),
-            socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection,
+            connected(8080) as connection,
         ):
             connection.recv(1)
 
 
 def test_a_reset_is_passed_on_both_ways(serve: Callable[..., socket.socket]) -> None:
     heard: list[str] = []
+    received = threading.Event()
 
     def reset(connection: socket.socket) -> None:
         if connection.recv(1) == b"r":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         else:
+            received.set()
             try:
                 connection.recv(1)
             except ConnectionResetError:
@@ -252,13 +262,13 @@ def test_a_reset_is_passed_on_both_ways(serve: Callable[..., socket.socket]) -> 
 
     serve(reset)
     publish(8080)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
+    with connected(8080) as connection:
         connection.sendall(b"r")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
+    with connected(8080) as connection:
         connection.sendall(b"x")
-        time.sleep(0.05)
+        assert received.wait(PATIENCE)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     until(lambda: heard)
     assert descriptors(relays()[0]) <= 8
@@ -270,8 +280,8 @@ def test_release_cuts_connections_and_the_port_is_free_at_once(serve: Callable[.
     publish(8081, owner="b")
     assert ask("127.0.0.1", 8080) == b"hello"  # of which TIME_WAIT is left
     with (
-        socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection,
-        socket.create_connection(("127.0.0.1", 8081), timeout=5) as other,
+        connected(8080) as connection,
+        connected(8081) as other,
     ):
         for each in (connection, other):
             each.sendall(b"x")
@@ -286,6 +296,12 @@ def test_release_cuts_connections_and_the_port_is_free_at_once(serve: Callable[.
     assert ask("127.0.0.1", 8080) == b"hello"
 
 
+def has_ended(port: int) -> bool:
+    """Whether the relay has passed a container's end on to a client of this port, FIN-WAIT-1 or -2."""
+    lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()
+    return any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] in ("04", "05") for line in lines)
+
+
 def test_what_the_container_sent_before_its_end_arrives_after_the_release(
     serve: Callable[..., socket.socket],
 ) -> None:
@@ -298,9 +314,9 @@ def test_what_the_container_sent_before_its_end_arrives_after_the_release(
 
     serve(send)
     publish(8080)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
-        assert done.wait(5)
-        time.sleep(0.1)
+    with connected(8080) as connection:
+        assert done.wait(PATIENCE)
+        until(lambda: has_ended(8080))
         ports.release("a")
         assert len(read(connection)) == 1 << 18
 
@@ -308,7 +324,7 @@ def test_what_the_container_sent_before_its_end_arrives_after_the_release(
 def test_again_does_not_disturb_connections(serve: Callable[..., socket.socket]) -> None:
     serve(echo)
     publish(8080)
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
+    with connected(8080) as connection:
         connection.sendall(b"x")
         assert connection.recv(1) == b"x"
         publish(8080)
@@ -324,7 +340,7 @@ def test_without_descriptors_clients_wait(serve: Callable[..., socket.socket]) -
     until(lambda: descriptors(pid) <= 8)
     leave(pid, 5)
     with ExitStack() as stack:
-        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", 8080), timeout=5)) for _ in range(6)]
+        connections = [stack.enter_context(connected(8080)) for _ in range(6)]
         for connection in connections:
             connection.sendall(b"x")
         used = Path(f"/proc/{pid}/stat").read_text().split()[13:15]
@@ -356,13 +372,13 @@ def repeater() -> Iterator[None]:
         yield
         with suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(PATIENCE)
 
 
 def client(address: str) -> socket.socket:
     """A UDP socket that hears this address only, as most clients do."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(3)
+    sock.settimeout(PATIENCE)
     sock.connect((address, 53))
     return sock
 
@@ -388,7 +404,7 @@ def test_two_clients_and_one_that_asks_two_addresses() -> None:
         other.send(b"other")
         assert (other.recv(10), one.recv(10)) == (b"other", b"one")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(3)
+        sock.settimeout(PATIENCE)
         for address in ("127.0.0.3", "127.0.0.4", "127.0.0.3"):
             sock.sendto(b"x", (address, 53))
             assert sock.recvfrom(10) == (b"x", (address, 53))
@@ -399,11 +415,10 @@ def test_udp_to_a_container_that_does_not_listen_yet() -> None:
     with client("127.0.0.1") as sock:
         for _ in range(3):
             sock.send(b"lost")
-            time.sleep(0.02)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
             server.bind(("127.0.0.2", 80))
             sock.send(b"heard")
-            server.settimeout(3)
+            server.settimeout(PATIENCE)
             relay = next(address for data, address in iter(lambda: server.recvfrom(10), None) if data == b"heard")
             server.sendto(b"answer", relay)
             assert sock.recv(10) == b"answer"
@@ -433,7 +448,7 @@ def test_udp_to_a_container_to_which_there_is_no_way_yet() -> None:
         run("ip", "address", "add", "192.0.2.9/32", "dev", "lo")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
             server.bind(("192.0.2.9", 80))
-            server.settimeout(3)
+            server.settimeout(PATIENCE)
             sock.send(b"y")
             assert server.recv(10)
 
@@ -466,14 +481,13 @@ def test_an_idle_udp_client_is_forgotten(bounded: Callable[..., None]) -> None:
             sock.send(b"x")
             assert sock.recv(10) == b"x"
         (pid,) = relays()
-        both = descriptors(pid)
 
         def forgotten() -> bool:
             busy.send(b"x")
-            return busy.recv(10) == b"x" and descriptors(pid) == both - 1
+            return busy.recv(10) == b"x" and descriptors(pid) == 5 + 2 + 1
 
         until(forgotten)
-        until(lambda: descriptors(pid) == both - 2)
+        until(lambda: descriptors(pid) == 5 + 2)
 
 
 @pytest.mark.usefixtures("repeater")
@@ -492,7 +506,7 @@ def test_more_connections_wait_for_room(serve: Callable[..., socket.socket], bou
     serve(echo)
     publish(8080)
     with ExitStack() as stack:
-        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", 8080), timeout=5)) for _ in range(6)]
+        connections = [stack.enter_context(connected(8080)) for _ in range(6)]
         for connection in connections:
             connection.sendall(b"x")
         for connection in connections:
@@ -535,7 +549,7 @@ def test_connections_to_a_container_that_vanished_end_when_it_is_released(
 ) -> None:
     serve(echo, container.call(lambda: listening("172.18.0.2")))
     publish(8080, ip_interface("172.18.0.2/16"))
-    with socket.create_connection(("127.0.0.1", 8080), timeout=5) as connection:
+    with connected(8080) as connection:
         connection.sendall(b"x")
         assert connection.recv(1) == b"x"
         run("ip", "link", "delete", "host")
@@ -557,16 +571,19 @@ def test_there_is_one_and_it_is_small() -> None:
     assert resident(pid) < 12_000
 
 
-def test_publishing_does_not_wait_for_it(serve: Callable[..., socket.socket]) -> None:
+def test_publishing_does_not_wait_for_it(serve: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_PATIENCE", 0.2)  # what waits kills it then
     serve(echo)
     publish(8080)
-    pid = relays()[0]
+    (pid,) = relays()
     os.kill(pid, signal.SIGSTOP)
-    began = time.monotonic()
     publish(8081, owner="b")
-    assert time.monotonic() - began < 3
-    threading.Timer(0.1, os.kill, (pid, signal.SIGCONT)).start()
-    assert ask("127.0.0.1", 8081) == b"hello"
+    with connected(8081) as connection:
+        connection.sendall(b"hello")
+        connection.shutdown(socket.SHUT_WR)
+        os.kill(pid, signal.SIGCONT)
+        assert read(connection) == b"hello"
+    assert relays() == [pid]
 
 
 def test_signals_for_the_plugin_do_not_end_it() -> None:
@@ -648,10 +665,10 @@ def test_it_ends_with_the_plugin(number: signal.Signals | None, serve: Callable[
         (pid,) = relays(plugin.pid)
         if number is None:
             plugin.stdin.close()
-            plugin.wait(5)
+            plugin.wait(PATIENCE)
             assert not Path(f"/proc/{pid}").exists(), "an exit waits for it"
         else:
             plugin.send_signal(number)
-            plugin.wait(5)
+            plugin.wait(PATIENCE)
         until(lambda: free(8080))
         until(lambda: pid not in relays(1))

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from ..patience import PATIENCE
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 NODES = 10
 
@@ -36,9 +38,10 @@ def test_entries_and_copies(netns: None, tmp_path: Path, scale: Any) -> None:
         # What the uplink carries, as its other end hears it.
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)) as ear:
             ear.bind(("up1", 0))
-            ear.settimeout(0.5)
+            ear.settimeout(PATIENCE)
             _, copies = node.broadcast(1)
             heard = [ear.recv(2048) for _ in range(copies)]
+            ear.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 ear.recv(2048)
     assert copies == cluster.figures()["copies"] == NODES - 1

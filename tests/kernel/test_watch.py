@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from ipaddress import ip_interface
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
 from netplugin_sdk import losses
 from netplugin_sdk.linux import links, watch
 
+from ..patience import PATIENCE
 from .lab import Namespace, run
 
-TIMEOUT = 20.0
-MOMENT = 0.5
 ADDRESSES = (ip_interface("10.9.0.1/24"), ip_interface("fd00:9::1/64"))
 
 
@@ -28,23 +29,41 @@ class Ear:
         self._heard.put(loss)
 
     def hears(self) -> str:
-        return self._heard.get(timeout=TIMEOUT)
+        return self._heard.get(timeout=PATIENCE)
 
     def hears_nothing(self) -> None:
-        with pytest.raises(Empty):
-            pytest.fail(f"heard {self._heard.get(timeout=MOMENT)!r}")
+        """What has happened before is no loss: the next one is of an interface that is made to be lost."""
+        for _ in range(2):  # the first may be looked at together with what has happened before
+            links.ensure_veth("lost", "tsol")
+            run("ip", "link", "del", "lost")
+            assert self.hears() == "interface lost is gone"
 
 
 @pytest.fixture
-def ear(request: pytest.FixtureRequest) -> Iterator[Ear]:
+def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
     """With a bridge and a pair on it."""
-    request.getfixturevalue("netns")
+    monkeypatch.setattr(watch, "_QUIET", 0.02)
     links.ensure_bridge("br-1", addresses=ADDRESSES)
     links.ensure_veth("ve", "vc", master="br-1")
     ear = Ear()
     losses.hear(ear)
+    ear.hears_nothing()  # what was made has been looked at: else it would be for that, not for what follows
     yield ear
     losses.hear_no_more(ear)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, what has changed is not looked at."""
+    go_on, look = threading.Event(), watch.Watch._suspects
+
+    def wait_and_look(self: watch.Watch, listener: socket.socket) -> set[str]:
+        go_on.wait()
+        return look(self, listener)
+
+    monkeypatch.setattr(watch.Watch, "_suspects", wait_and_look)
+    yield go_on
+    go_on.set()
 
 
 @pytest.mark.parametrize(
@@ -86,11 +105,12 @@ def test_what_is_brought_back_can_be_lost_again(ear: Ear) -> None:
     assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
 
 
-def test_what_is_taken_away_and_put_back_at_once_is_no_loss(ear: Ear) -> None:
+def test_what_is_taken_away_and_put_back_at_once_is_no_loss(ear: Ear, held: threading.Event) -> None:
     run(
         "sh", "-c", "ip link set ve nomaster; ip link set ve master br-1; ip addr flush dev br-1; ip link set br-1 down"
     )
     links.ensure_bridge("br-1", addresses=ADDRESSES)
+    held.set()
     ear.hears_nothing()
 
 
@@ -112,19 +132,18 @@ def test_what_happens_to_others_is_no_loss(ear: Ear) -> None:
 def test_a_container_that_takes_its_end_and_gives_it_back_loses_nothing(ear: Ear) -> None:
     container = Namespace()
     container.adopt("vc", "10.9.0.2/24")
-    time.sleep(0.3)
+    ear.hears_nothing()
     container.run("ip", "link", "set", "vc", "down")
     ear.hears_nothing()
     container.close()  # and the pair goes with it
     assert ear.hears() == "interface ve is gone"
 
 
-def test_more_changes_than_the_kernel_can_tell_of(ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_changes_than_the_kernel_can_tell_of(ear: Ear, held: threading.Event) -> None:
     """It drops messages (ENOBUFS): then everything is looked at."""
-    monkeypatch.setattr(watch, "_QUIET", 2.0)
-    time.sleep(0.5)  # the changes before this test have been looked at
-    script = "".join(f"link set lo mtu {mtu}\n" for mtu in range(10_000, 15_000)) + "link set ve nomaster\n"
+    script = "".join(f"link set lo mtu {mtu}\n" for mtu in range(10_000, 12_000)) + "link set ve nomaster\n"
     subprocess.run(["ip", "-batch", "-"], input=script, text=True, check=True)
+    held.set()
     assert ear.hears() == "interface ve is no port of its bridge any more"
 
 
@@ -147,3 +166,58 @@ def test_what_cannot_be_a_port(master: str, why: str) -> None:
 @pytest.mark.usefixtures("ear")
 def test_what_is_not_here_is_no_port() -> None:
     assert not links.attach("no", "br-1")
+
+
+class Meanwhile:
+    """The kernel, where something happens before question `number`; counts the questions."""
+
+    def __init__(self, kernel: Any, number: int, happen: Callable[[], object]) -> None:
+        self._kernel, self._number, self._happen = kernel, number, happen
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if self.asked == self._number:
+                self._happen()
+            self.asked += 1
+            return getattr(self._kernel, name)(*args, **kwargs)
+
+        return ask
+
+
+@pytest.mark.usefixtures("netns")
+def test_a_look_at_what_is_being_removed_tells_no_other_loss() -> None:
+    """A look has several questions, and the interface may go before any of them."""
+
+    def look_while_it_goes(before: int) -> tuple[str | None, int]:
+        links.ensure_bridge("br-1", addresses=ADDRESSES)
+        made = watch.Made(socket.if_nametoindex("br-1"), addresses=ADDRESSES)
+
+        def look(ipr: Any) -> tuple[str | None, int]:
+            kernel = Meanwhile(ipr, before, lambda: run("ip", "link", "del", "br-1"))
+            return links._what_is_wrong(kernel, "br-1", made), kernel.asked
+
+        answer = links._netlink.run(look)
+        links.delete("br-1")
+        return answer
+
+    nothing, questions = look_while_it_goes(before=-1)
+    assert nothing is None
+    assert questions > 1
+    for question in range(questions):
+        wrong, _ = look_while_it_goes(before=question)
+        assert wrong == "is gone"
+
+
+@pytest.mark.usefixtures("netns")
+def test_a_port_whose_bridge_goes_while_it_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    links.ensure_bridge("br-1")
+    links.ensure_veth("ve", "vc", master="br-1")
+    name_of = socket.if_indextoname
+
+    def name_when_it_is_gone(index: int) -> str:
+        run("ip", "link", "del", "br-1")
+        return name_of(index)
+
+    monkeypatch.setattr(socket, "if_indextoname", name_when_it_is_gone)
+    assert links.describe("ve").master is None

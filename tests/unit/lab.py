@@ -8,6 +8,7 @@ from typing import Any
 
 from netplugin_sdk import (
     AllocateNetwork,
+    Container,
     DriverOptions,
     Endpoint,
     EndpointInterface,
@@ -31,8 +32,6 @@ OTHER_ENDPOINT = "79da9eaa24a51e0b6d9f2f9e4ab15c2ab1c6a9f3d8a3a5ff1a4cfee87fbc8e
 SANDBOX = "/run/docker/exec/netns/6855b13f513b"
 MAC = MacAddress("02:42:0a:7b:00:4d")
 PUBLISHED = {"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 18080, "HostPortEnd": 18080}
-
-PATIENCE = 10.0  # seconds until a thread that does not come is a failure
 
 
 def create_network(network: str = NETWORK, *, internal: bool = False, **options: str) -> dict[str, Any]:
@@ -92,6 +91,28 @@ class Docker:
         """CreateEndpoint and Join, as for a container that starts."""
         self("CreateEndpoint", create_endpoint(network, endpoint))
         self("Join", joining(network, endpoint))
+
+
+class ListingEngine:
+    """What is asked of `netplugin_sdk.docker.Docker`, answered: a network with an endpoint, as long as it is listed."""
+
+    def __init__(self) -> None:
+        self.listed = {NETWORK: {ENDPOINT: "c" * 64}}
+
+    def call(self, method: str, path: str) -> Any:
+        return {"ID": "engine 1"}
+
+    def networks(self) -> dict[str, Any]:
+        return dict.fromkeys(self.listed)
+
+    def runs(self, network_id: str) -> bool:
+        return network_id in self.listed
+
+    def endpoints(self, network_id: str) -> dict[str, str]:
+        return self.listed[network_id]
+
+    def container(self, container_id: str) -> Container:
+        return Container(container_id, "web", "busybox")
 
 
 class Crash(BaseException):

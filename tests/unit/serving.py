@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import select
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -21,8 +23,7 @@ from netplugin_sdk import AllocateNetwork, DriverError, Endpoint, Join, Network,
 from netplugin_sdk.server import Limits, Server
 from netplugin_sdk.testing.engine import wait_until
 
-TIMEOUT = 20.0
-"""Of everything that blocks: far longer than any of it takes."""
+from ..patience import PATIENCE
 
 MOMENT = 0.3
 """How long to look at something that must not happen."""
@@ -33,9 +34,9 @@ METHOD = "NetworkDriver.AllocateNetwork"
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
     try:
-        wait_until(lambda: bool(condition()), TIMEOUT, every=0.01)
+        wait_until(lambda: bool(condition()), PATIENCE, every=0.01)
     except TimeoutError:
-        raise AssertionError(f"waited {TIMEOUT} s in vain for {what}") from None
+        raise AssertionError(f"waited {PATIENCE} s in vain for {what}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the driver
@@ -51,14 +52,14 @@ class Gate:
 
     def pass_through(self) -> None:
         self._entered.set()
-        assert self._opened.wait(2 * TIMEOUT), "the test never opened the gate"
+        assert self._opened.wait(2 * PATIENCE), "the test never opened the gate"
         self._left.set()
 
     def wait_entered(self) -> None:
-        assert self._entered.wait(TIMEOUT), "the call never reached the driver"
+        assert self._entered.wait(PATIENCE), "the call never reached the driver"
 
     def wait_left(self) -> None:
-        assert self._left.wait(TIMEOUT), "the call never ended"
+        assert self._left.wait(PATIENCE), "the call never ended"
 
     def open(self) -> None:
         self._opened.set()
@@ -149,10 +150,10 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One connection. Whatever it waits for, it gives up after `TIMEOUT`."""
+    """One connection. Whatever it waits for, it gives up after `PATIENCE`."""
 
     def __init__(self, connected: socket.socket) -> None:
-        connected.settimeout(TIMEOUT)
+        connected.settimeout(PATIENCE)
         self.socket = connected
         self._received = b""
 
@@ -163,6 +164,13 @@ class Client:
         """One call and its answer."""
         self.send(echo(network=network, **options))
         return self.receive().options
+
+    def wait_read(self) -> None:
+        """Until the server has taken in all that was sent."""
+        until = time.monotonic() + PATIENCE
+        while fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            assert time.monotonic() < until, "the server does not read"
+            os.sched_yield()
 
     def receive(self) -> Reply:
         """The next answer. Raises EOFError where the connection ends before its end."""
@@ -206,7 +214,7 @@ class Client:
         """The server closes the connection, whether or not there is something unread."""
         poll = select.poll()
         poll.register(self.socket, 0)
-        assert poll.poll(TIMEOUT * 1000), "the connection was never cut"
+        assert poll.poll(PATIENCE * 1000), "the connection was never cut"
 
     def _more(self) -> None:
         self._received += self._read()
@@ -229,7 +237,7 @@ class Client:
 
 def connect_unix(path: Path) -> Client:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connected.settimeout(TIMEOUT)
+    connected.settimeout(PATIENCE)
     try:
         connected.connect(str(path))
     except BaseException:
@@ -239,7 +247,7 @@ def connect_unix(path: Path) -> Client:
 
 
 def connect_tcp(port: int, host: str = "127.0.0.1") -> Client:
-    return Client(socket.create_connection((host, port), timeout=TIMEOUT))
+    return Client(socket.create_connection((host, port), timeout=PATIENCE))
 
 
 # ------------------------------------------------------------------------------------------ a server in this process
@@ -267,7 +275,7 @@ class Served:
         return self._thread.is_alive()
 
     def wait_stopped(self) -> None:
-        self._thread.join(TIMEOUT)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "run() does not return"
 
     def close(self) -> None:
@@ -320,17 +328,20 @@ def nothing_left() -> Iterator[None]:
     threads, descriptors = len(tasks()), open_files()  # as many threads, but others: a server's leader may change
     yield
 
-    def left() -> dict[str, object]:
-        gc.collect()
-        return {name: found for name in ("threads", "descriptors") if (found := more[name]())}
-
     more: dict[str, Callable[[], object]] = {
         "threads": lambda: max(0, len(tasks()) - threads),
         "descriptors": lambda: open_files() - descriptors,
     }
-    until = time.monotonic() + TIMEOUT
+
+    def left() -> dict[str, object]:
+        return {name: found for name, look in more.items() if (found := look())}
+
+    if left():
+        gc.collect()  # only then: in a process with many tests behind it, it takes a tenth of a second
+    until = time.monotonic() + PATIENCE
     while (found := left()) and time.monotonic() < until:
         time.sleep(0.01)
+        gc.collect()
     assert not found, f"left over: {found}; threads: {threading.enumerate()}"
 
 
@@ -404,7 +415,7 @@ class Process:
 
     def wait(self) -> int:
         """Its exit status."""
-        return self.popen.wait(TIMEOUT)
+        return self.popen.wait(PATIENCE)
 
     @property
     def log(self) -> list[str]:
@@ -456,4 +467,4 @@ def process(
     finally:
         if popen.poll() is None:
             popen.kill()
-            popen.wait(TIMEOUT)
+            popen.wait(PATIENCE)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,16 +155,18 @@ def test_repair_does_not_end_who_does_not_take_the_signal(tmp_path: Path) -> Non
     """Its default ends a process."""
     with Plugin(Publisher(), state=tmp_path, docker=None) as plugin:
         Docker(plugin)("CreateNetwork", create_network())
-    script = f"import time; lock = open({str(tmp_path / 'lock')!r}); print('open', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
+    script = f"lock = open({str(tmp_path / 'lock')!r}); print('open', flush=True); print('lives', input(), flush=True)"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
         assert other.stdout is not None
         other.stdout.readline()
         done = netplugin("repair", "p", "--state", str(tmp_path))
         assert done.exit_code == 1
         assert f"the process {other.pid} that serves p does not take SIGHUP" in done.output
-        time.sleep(0.1)
-        assert other.poll() is None
-        other.kill()
+        other.stdin.write("still\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "lives still\n"
 
 
 def test_repair_tells_nobody_else_who_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from netplugin_sdk.cli import main
 from netplugin_sdk.docker import SOCKET
 from netplugin_sdk.testing.engine import listens
 
-from .serving import DRIVER, TIMEOUT, connect_unix, wait_for
+from ..patience import PATIENCE
+from .serving import DRIVER, connect_unix, wait_for
 
 NETPLUGIN = (sys.executable, "-m", "netplugin_sdk.cli")
 
@@ -337,9 +338,9 @@ def test_it_serves_until_sigterm_what_the_current_folder_has(folder: Path) -> No
             wait_for(lambda: listens(path), "the socket")
             with connect_unix(path) as client:
                 assert client.echo(n="1") == {"n": "1"}
-            again = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            again = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
             plugin.send_signal(signal.SIGTERM)
-            _, log = plugin.communicate(timeout=TIMEOUT)
+            _, log = plugin.communicate(timeout=PATIENCE)
         finally:
             plugin.kill()
     assert plugin.returncode == 0
@@ -357,7 +358,7 @@ def test_a_socket_in_use_is_one_line(folder: Path) -> None:
         taken.bind(str(path))
         taken.listen()
         command = (*NETPLUGIN, "serve", "echoes:Echo", "--socket", str(path), "--state", "state", "--docker", "none")
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: {path} is already served by pid ")
     assert len(done.stderr.splitlines()) == 1

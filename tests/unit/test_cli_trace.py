@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from netplugin_sdk.cli import main
 from netplugin_sdk.testing.recording import Exchange, read, to_json
 
-from .serving import METHOD, NETWORK, TIMEOUT, Served, echo, serving_unix, wait_for
+from ..patience import PATIENCE
+from .serving import METHOD, NETWORK, Served, echo, serving_unix, wait_for
 
 NETPLUGIN = str(Path(sys.executable).with_name("netplugin"))
 
@@ -34,7 +35,7 @@ def tracing(served: Served, *options: str) -> Iterator[list[str]]:
             assert "in front" in lines[0]
             yield lines
             popen.send_signal(signal.SIGINT)
-            lines += popen.communicate(timeout=TIMEOUT)[0].splitlines()
+            lines += popen.communicate(timeout=PATIENCE)[0].splitlines()
             assert popen.returncode == 0
         finally:
             popen.kill()
@@ -161,7 +162,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
             wait_for(lambda: served.path.stat().st_ino != inode, "the plugin's own socket")
             assert popen.poll() is None
             popen.send_signal(signal.SIGINT)
-            assert popen.wait(TIMEOUT) == 1
+            assert popen.wait(PATIENCE) == 1
             with tracing(served):  # another one, meanwhile
                 pass
             gate.open()

@@ -29,7 +29,8 @@ from netplugin_sdk.cnm.remote import (
 )
 from netplugin_sdk.errors import DriverError, Unavailable
 
-from .serving import METHOD, NETWORK, TIMEOUT, nothing_left, serving_unix
+from ..patience import PATIENCE
+from .serving import METHOD, NETWORK, nothing_left, serving_unix
 from .test_server_tcp import HOST, Authority, Keys, serving_tcp
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "wire" / "recordings").glob("*.jsonl"))
@@ -209,7 +210,7 @@ def test_many_threads_get_their_own_answers(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
         assert served.driver.calls == 8 * 20
     assert not wrong
 
@@ -342,7 +343,7 @@ class Raw:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                client.settimeout(TIMEOUT)
+                client.settimeout(PATIENCE)
                 script = self._scripts[min(self.connections, len(self._scripts) - 1)]
                 self.connections += 1
                 self._clients.append(client)
@@ -359,7 +360,7 @@ class Raw:
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
 
 
 @contextmanager
@@ -378,7 +379,7 @@ def raw(
             yield server
         finally:
             server.close()
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
 
 
 def answering(*replies: bytes) -> Callable[[Raw, socket.socket], None]:
@@ -702,7 +703,7 @@ def test_a_kept_connection_that_takes_nothing_is_replaced_at_once_and_nothing_is
         hanging_up(server, client)
         client.shutdown(socket.SHUT_RD)
         client.sendall(reply())
-        closed.wait(TIMEOUT)
+        closed.wait(PATIENCE)
 
     closed, clock = threading.Event(), Clock()
     with (
@@ -796,7 +797,7 @@ def test_a_kept_connection_that_the_plugin_ended_is_not_used(path: Path) -> None
         for _ in range(3):
             gone.clear()
             plugin.call(JOIN, CONTENT)
-            assert gone.wait(TIMEOUT)
+            assert gone.wait(PATIENCE)
         assert [request.body for request in server.requests] == [BODY] * 3
         assert clock.pauses == []
 
@@ -807,7 +808,7 @@ def test_what_a_plugin_says_unasked_is_no_answer(path: Path) -> None:
     def talking(server: Raw, client: socket.socket) -> None:
         hanging_up(server, client)
         client.sendall(reply())
-        told.wait(TIMEOUT)
+        told.wait(PATIENCE)
         client.sendall(reply(b'{"Err": "too late"}'))
         said.set()
         client.recv(1)
@@ -815,7 +816,7 @@ def test_what_a_plugin_says_unasked_is_no_answer(path: Path) -> None:
     with raw(path, talking, answering(reply())) as server, RemotePlugin(at(path)) as plugin:
         plugin.call(JOIN, {})
         told.set()
-        assert said.wait(TIMEOUT)
+        assert said.wait(PATIENCE)
         assert plugin.call(JOIN, {}) == {}
         assert server.connections == 2
 
@@ -844,7 +845,7 @@ def test_two_connections_are_kept(path: Path) -> None:
 
     def answering_together(_: Raw, client: socket.socket) -> None:
         while receive(client):
-            together.wait(TIMEOUT)
+            together.wait(PATIENCE)
             client.sendall(reply())
 
     def three_calls() -> None:
@@ -852,7 +853,7 @@ def test_two_connections_are_kept(path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
 
     with raw(path, answering_together) as server, RemotePlugin(at(path)) as plugin:
         for connections in (3, 4, 5):

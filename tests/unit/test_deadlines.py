@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Plugin
+from netplugin_sdk import Plugin, Scope
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.calls import Call
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.messages import AddressRequest, Pool, PoolRequest
 from netplugin_sdk.server import Limits
 
+from ..patience import PATIENCE
 from .lab import (
     ENDPOINT,
     NETWORK,
     OTHER_NETWORK,
     Docker,
+    Everything,
     Publisher,
     create_endpoint,
     create_network,
@@ -33,7 +35,7 @@ from .lab import (
     of,
     publishing,
 )
-from .serving import MOMENT, TIMEOUT, Gate, echo, serving_unix, wait_for
+from .serving import MOMENT, Gate, echo, serving_unix, wait_for
 
 SHORT = Limits(call_time=0.3)
 
@@ -86,7 +88,7 @@ def test_who_waits_for_a_call_that_hangs_is_told_too_and_its_own_is_not_begun(tm
 
 def test_a_call_in_time_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    with serving_unix(tmp_path, Limits(call_time=TIMEOUT)) as served:
+    with serving_unix(tmp_path, Limits(call_time=PATIENCE)) as served:
         gate, client = served.driver.gate(), served.connect()
         client.send(echo(gate="gate"))
         gate.wait_entered()
@@ -150,6 +152,59 @@ def test_what_comes_too_late_is_undone(method: str, request_: dict[str, Any], ca
     with Plugin(driver, state=tmp_path) as plugin:
         assert Docker(plugin)("DeleteNetwork", of(NETWORK)) == {}
         assert not driver.networks
+
+
+class Swarm(Everything):
+    scope = Scope.GLOBAL
+
+
+def test_what_is_allocated_too_late_is_freed() -> None:
+    driver, call = Swarm(), Call()
+    with Plugin(driver) as plugin:
+        docker = Docker(plugin)
+        driver.hooks = {"allocate_network": gives_up(call)}
+        assert begun(docker, "AllocateNetwork", of(), call)[0] == 503
+        assert driver.since() == ["allocate_network", f"free_network {NETWORK}"]
+        assert not driver.allocations
+        driver.hooks.clear()
+        docker("AllocateNetwork", of())
+        assert driver.since() == ["allocate_network"]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"), [("AllocateNetwork", of()), *((method, request) for method, request, _ in LATE)]
+)
+def test_what_is_too_late_when_its_turn_comes_is_not_begun(method: str, request_: dict[str, Any]) -> None:
+    driver, call = Swarm(), Call()
+    with Plugin(driver) as plugin:
+        docker = Docker(plugin)
+        for before, request, _ in LATE:
+            if before == method:
+                break
+            docker(before, request)
+        driver.since()
+        assert call.give_up()
+        assert begun(docker, method, request_, call)[0] == 503
+        assert driver.since() == []
+
+
+class Untouched(PoolIpamDriver):
+    def request_pool(self, request: PoolRequest) -> Pool:
+        raise AssertionError("it is begun")
+
+    def request_address(self, request: AddressRequest) -> IPInterface:
+        raise AssertionError("it is begun")
+
+
+@pytest.mark.parametrize("method", ["RequestPool", "RequestAddress"])
+def test_addresses_are_not_given_to_who_is_gone_when_its_turn_comes(method: str) -> None:
+    call = Call()
+    assert call.give_up()
+    with Plugin(Untouched()) as plugin:
+        body = json.dumps({"AddressSpace": "LocalDefault", "PoolID": "any", "Address": ""}).encode()
+        answer = plugin.handle(f"/IpamDriver.{method}", body, call)
+    assert "it is begun" not in answer.body.decode()
+    assert answer.status == 503
 
 
 class SlowPools(PoolIpamDriver):
@@ -239,8 +294,8 @@ def test_a_call_that_waited_too_long_is_not_begun() -> None:
         second.start()
         assert call.give_up()
         gate.open()
-        first.join(TIMEOUT)
-        second.join(TIMEOUT)
+        first.join(PATIENCE)
+        second.join(PATIENCE)
         assert answers == [(503, "NetworkDriver.CreateEndpoint took too long, and is undone")]
         assert driver.since() == ["create_network"]
 
@@ -252,7 +307,7 @@ def test_a_call_that_waited_too_long_is_not_begun() -> None:
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(tmp_path / "notify"))
-    notify.settimeout(TIMEOUT)
+    notify.settimeout(PATIENCE)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
@@ -279,15 +334,17 @@ def test_the_watchdog_hears_nothing_of_a_server_that_serves_nobody(
         monkeypatch.setattr(served.server.plugin, "log", lambda _: gate.pass_through())  # nobody reads the log, say
         client.send(echo(n="2"))  # and the line of the first may be the one that waits
         gate.wait_entered()
-        systemd.setblocking(False)
-        with suppress(BlockingIOError):
-            while systemd.recv(100):
-                pass  # what was sent before
+        served.connect().send(echo(n="3"))  # should another thread lead by now, it waits as well
         systemd.settimeout(MOMENT)
-        with pytest.raises(TimeoutError):
-            systemd.recv(100)
+
+        def is_silent() -> bool:
+            with suppress(TimeoutError):
+                return not systemd.recv(100)
+            return True
+
+        wait_for(is_silent, "silence")
         gate.open()
-        systemd.settimeout(TIMEOUT)
+        systemd.settimeout(PATIENCE)
         assert systemd.recv(100) == b"WATCHDOG=1"
 
 

@@ -21,8 +21,10 @@ import pytest
 from netplugin_sdk import DriverError, Endpoint, Network, NetworkDriver, Plugin, Rest
 from netplugin_sdk.server import Server
 
+from ..patience import PATIENCE
+from ..volume import volume
 from .lab import SANDBOX, Docker, Options, Publisher, create_endpoint, create_network, joining, of, publishing
-from .serving import TIMEOUT, connect_unix, nothing_left, open_files, post, tasks, wait_for
+from .serving import connect_unix, nothing_left, open_files, post, tasks, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +71,10 @@ def life(docker: Docker, number: int) -> None:
     docker("DeleteNetwork", of(network))
 
 
+@pytest.mark.untraced
 def test_a_plugin_does_not_grow(tmp_path: Path) -> None:
-    """10 000 networks and containers later it has what it had: memory, descriptors, threads, bytes on disk."""
+    """Many networks and containers later it has what it had: memory, descriptors, threads, bytes on disk."""
+    settled, lives = 500, volume(1_000, 10_000)
 
     def size() -> dict[str, int]:
         gc.collect()
@@ -84,10 +88,10 @@ def test_a_plugin_does_not_grow(tmp_path: Path) -> None:
     driver, threads = Builder(), len(tasks())
     with Plugin(driver, state=tmp_path) as plugin:
         docker = Docker(plugin)
-        for number in range(1_000):  # until SQLite's log has been moved into the file, and begun anew
+        for number in range(settled):  # until SQLite's log has been moved into the file, and begun anew
             life(docker, number)
         before, files = size(), open_files()
-        for number in range(1_000, 11_000):
+        for number in range(settled, settled + lives):
             if number % 10 == 0:
                 driver.fails = {"create_network": ValueError("a bug"), "delete_network": DriverError("and more")}
                 docker.refused("CreateNetwork", create_network(f"{number:064x}"))
@@ -95,7 +99,7 @@ def test_a_plugin_does_not_grow(tmp_path: Path) -> None:
             life(docker, number)
         after = size()
         assert after["resident"] - before["resident"] < 1_000_000, (before, after)
-        assert after["objects"] - before["objects"] < 1_000, (before, after)
+        assert after["objects"] - before["objects"] < max(250, lives // 10), (before, after)
         assert after["on disk"] - before["on disk"] < 100_000, (before, after)
         assert open_files() == files
         wait_for(lambda: len(tasks()) <= threads, "threads to end")
@@ -244,7 +248,7 @@ def test_a_thousand_calls_from_many_hands_at_once(tmp_path: Path) -> None:
             hands = [Hand(number, path) for number in range(HANDS)]
             with ThreadPoolExecutor(HANDS) as threads:
                 for done in [threads.submit(hand.work) for hand in hands]:
-                    done.result(TIMEOUT)
+                    done.result(PATIENCE)
             said: Shown = {network: {} for hand in hands for network in hand.networks}
             for hand in hands:
                 for (network, endpoint), content in hand.endpoints.items():
@@ -252,7 +256,7 @@ def test_a_thousand_calls_from_many_hands_at_once(tmp_path: Path) -> None:
                         said[network][endpoint] = content
             remembered = shown(driver)
             server.stop()
-            serving.join(TIMEOUT)
+            serving.join(PATIENCE)
         again = Publisher()
         with Plugin(again, state=state):
             assert shown(again) == said

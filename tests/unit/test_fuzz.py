@@ -1,4 +1,4 @@
-"""A hundred thousand malformed requests: no answer is a 5xx that is not the driver's, and nothing is left of them.
+"""Malformed requests, a hundred thousand at full volume: no 5xx that is not the driver's, and nothing is left of them.
 
 A failure prints its seed; NETPLUGIN_FUZZ_SEED repeats it.
 """
@@ -27,14 +27,16 @@ from hypothesis import strategies as st
 from netplugin_sdk import Plugin
 from netplugin_sdk.plugin import Answer
 
+from ..patience import PATIENCE
+from ..volume import volume
 from . import anything
-from .serving import TIMEOUT, Client, Reply, connect_unix, open_files, post, tasks, wait_for
+from .serving import Client, Reply, connect_unix, open_files, post, tasks, wait_for
 
 RECORDINGS = Path(__file__).parents[1] / "wire" / "recordings"
 
-HANDLED = 10_000
+HANDLED = volume(1_000, 10_000)
 """Requests to `Plugin.handle`, each chosen by hypothesis."""
-SENT = 90_000
+SENT = volume(10_000, 90_000)
 """Requests to a server on a socket, not counting those that a mutation may have left good."""
 CLIENTS = 4
 """That send them at the same time."""
@@ -419,24 +421,25 @@ def test_a_server_survives_whatever_is_sent_to_it(tmp_path: Path) -> None:
             for number in range(500):
                 go_away(path, number)
             for slow in dribbling:
-                slow.result(2 * TIMEOUT)
-            counted = sum((done.result(10 * TIMEOUT) for done in working), Counter[str]())
+                slow.result(2 * PATIENCE)
+            counted = sum((done.result(10 * PATIENCE) for done in working), Counter[str]())
         assert counted["malformed"] >= SENT
         # What is never reached is not tested.
-        assert min(counted[status] for status in ("200", "400", "404", "405", "422", "500")) > 10, counted
-        assert min(counted[f"last {status}"] for status in (400, 413, 431)) > 10, counted
+        reached = volume(1, 11)
+        assert min(counted[status] for status in ("200", "400", "404", "405", "422", "500")) >= reached, counted
+        assert min(counted[f"last {status}"] for status in (400, 413, 431)) >= reached, counted
         assert process.poll() is None, log.read_text()
         assert is_good(path), f"NETPLUGIN_FUZZ_SEED={SEED}"
         wait_for(lambda: len(tasks(process.pid)) <= threads, f"threads to end (NETPLUGIN_FUZZ_SEED={SEED})")
         wait_for(lambda: open_files(process.pid) == files, f"files to be closed (NETPLUGIN_FUZZ_SEED={SEED})")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT) == 0
+        assert process.wait(PATIENCE) == 0
         assert log.read_text() == "", f"NETPLUGIN_FUZZ_SEED={SEED}"  # of errors only
         print(sorted(counted.items()))
     finally:
         if process.poll() is None:
             process.kill()
-            process.wait(TIMEOUT)
+            process.wait(PATIENCE)
 
 
 def is_good(path: Path) -> bool:

@@ -203,6 +203,14 @@ def test_a_pool_whose_answer_was_lost_with_the_plugin_is_given_again(engine: Eng
     assert not asked_again()  # a network has it
 
 
+def test_a_pool_whose_answer_came_is_not_given_again_though_the_plugin_restarted(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/24")
+    engine.restart_plugin()
+    assert engine.gateway(pool) == "10.1.0.1/24"
+    refused = engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24")
+    assert refused == OVERLAPS
+
+
 def test_a_pool_of_its_own_choice_is_never_given_twice(engine: Engine) -> None:
     first = engine.pool()
     engine.restart_plugin()
@@ -229,6 +237,7 @@ def test_a_plugin_without_a_disk_is_asked_again_by_the_engine() -> None:
     assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24")
     engine("GetCapabilities")  # an engine that starts
     assert engine.pool("10.1.0.0/24") == pool
+    assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24"), "once"
     assert engine.gateway(pool, "10.1.0.1") == "10.1.0.1/24"
     assert engine.address(pool, OTHER_MAC) == "10.1.0.3/24"
     assert "overlaps" in engine.refused("RequestPool", AddressSpace="LocalDefault", Pool="10.1.0.0/24")
@@ -434,6 +443,25 @@ def test_an_address_is_kept_for_who_comes_back(
     assert engine.address(pool) == mine  # not for ever
 
 
+def test_an_address_in_use_is_kept_afterwards_though_the_plugin_restarted_meanwhile(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/29", lease="mac", lease_time="100")
+    mine = engine.address(pool, MAC)
+    engine.restart_plugin()
+    engine.release(pool, mine)
+    assert engine.address(pool, OTHER_MAC) != mine
+    assert engine.address(pool, MAC) == mine
+
+
+def test_an_address_is_not_kept_for_who_had_it_before_the_last(engine: Engine) -> None:
+    pool = engine.pool("10.1.0.0/29", lease="mac", lease_time="100")
+    address = engine.address(pool, MAC)
+    engine.release(pool, address)
+    engine.now += 101
+    assert engine.address(pool, address="10.1.0.1") == address  # --aux-address: of nobody in particular
+    engine.release(pool, address)
+    assert engine.address(pool) == address
+
+
 def test_a_name_that_is_in_use_is_no_reason_to_share_an_address(engine: Engine) -> None:
     pool = engine.pool("10.1.0.0/29", lease="name")
     first = engine.address(pool, MAC, name="web")
@@ -449,6 +477,7 @@ def test_a_name_that_is_in_use_is_no_reason_to_share_an_address(engine: Engine) 
     [
         ({"strategy": "best"}, "option strategy='best': expected first-free, serial or hashed"),
         ({"quarantine": "-1"}, "option quarantine='-1': expected"),
+        ({"lease_time": "0"}, "option lease_time='0': expected"),
         ({"lease": "you"}, "option lease='you': expected none, mac or name"),
         ({"what": "1"}, "unknown option 'what'; known options: lease, lease_time, quarantine, strategy"),
     ],

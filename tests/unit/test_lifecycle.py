@@ -4,7 +4,6 @@ import logging
 import shutil
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -39,13 +38,13 @@ from netplugin_sdk import (
 from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.background import Locks
 
+from ..patience import PATIENCE
 from .lab import (
     ENDPOINT,
     MAC,
     NETWORK,
     OTHER_ENDPOINT,
     OTHER_NETWORK,
-    PATIENCE,
     PUBLISHED,
     Crash,
     Docker,
@@ -539,6 +538,7 @@ def test_what_was_half_done_runs_again(
     crashed(tmp_path, method, *requests)
     driver = Publisher()
     with Plugin(driver, state=tmp_path) as plugin:
+        assert plugin.repairs["half_done"] == (method != "join"), "of that nothing is written before"
         Docker(plugin)(*requests[-1])
         # An endpoint that may be half joined may be left once more: leaving nothing is nothing.
         assert [call for call in driver.since() if call in calls] == calls
@@ -1149,6 +1149,7 @@ def test_an_engine_that_starts_may_have_forgotten_endpoints() -> None:
     driver.gone.add(ENDPOINT)
     docker("Plugin.Activate")
     assert list(driver.networks[NETWORK].endpoints) == []
+    assert docker.plugin.repairs["container_gone"] == 1
     assert driver.owner is None
 
 
@@ -1219,8 +1220,8 @@ def test_a_network_is_made_when_others_are_gone() -> None:
         docker("DeleteNetwork", of())
         with ThreadPoolExecutor(1) as user:
             made = user.submit(docker, "CreateNetwork", create_network(OTHER_NETWORK))
-            time.sleep(0.05)
-            assert not made.done()
+            with pytest.raises(TimeoutError):
+                made.result(timeout=0.1)
             driver.go.set()
             made.result(PATIENCE)
         assert driver.calls[-2:] == ["network's rest", "create_network"]

@@ -643,7 +643,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(value=VALUES | st.dictionaries(KEYS, VALUES, max_size=8))
 def test_any_json_is_a_request_or_an_invalid_request(kind: type[m.Message], value: Any) -> None:
     try:
@@ -654,7 +654,7 @@ def test_any_json_is_a_request_or_an_invalid_request(kind: type[m.Message], valu
         assert isinstance(request, kind)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=VALUES, path=st.sampled_from(sorted({path for _, _, path, _, _ in WRONG})))
 def test_any_json_in_one_place_of_a_good_request(value: Any, path: str) -> None:
     for kind, content, where, _, _ in WRONG:
@@ -665,7 +665,7 @@ def test_any_json_in_one_place_of_a_good_request(value: Any, path: str) -> None:
                 assert path.split("/", maxsplit=1)[0] in str(error)  # noqa: PT017
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_request_or_an_invalid_request(body: bytes) -> None:
     for kind in REQUESTS:

@@ -18,6 +18,7 @@ from netplugin_sdk import DriverError, Endpoint, Network, Plugin, Unavailable, l
 from netplugin_sdk.calls import Call
 from netplugin_sdk.metrics import exporting
 
+from ..patience import PATIENCE
 from .lab import (
     ENDPOINT,
     NETWORK,
@@ -32,7 +33,7 @@ from .lab import (
     of,
     publishing,
 )
-from .serving import TIMEOUT, Echo, connect_unix, echo, nothing_left, post, process, wait_for
+from .serving import Echo, connect_unix, echo, nothing_left, post, process, wait_for
 
 
 def free_port() -> int:
@@ -44,7 +45,7 @@ class Scrape:
     """What Prometheus would store."""
 
     def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=")
             text = answer.read().decode()
         self.values = {
@@ -131,7 +132,7 @@ def test_durations_are_counted_from_a_tenth_of_a_millisecond_to_25_seconds(expor
     assert (min(map(float, buckets)), max(float(edge) for edge in buckets if edge != "+Inf")) == (0.0001, 25)
     assert list(buckets.values()) == sorted(buckets.values()), "cumulative"
     assert (buckets["0.025"], buckets["+Inf"]) == (0, 1)
-    assert 0.03 <= exported.scrape()["call_duration_seconds_sum", "NetworkDriver.CreateEndpoint"] < TIMEOUT
+    assert 0.03 <= exported.scrape()["call_duration_seconds_sum", "NetworkDriver.CreateEndpoint"] < PATIENCE
 
 
 def test_what_the_plugin_has_is_shown(exported: Exported) -> None:

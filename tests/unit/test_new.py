@@ -235,6 +235,7 @@ def test_a_wrong_pair_is_a_usage_error(pair: str, said: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.untraced
 def test_a_disk_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """A limit on the size of files stands for it: the licence is over it."""
     command = ("new", "x", "--no-input", "--set", "license=Apache-2.0", "--output", tmp_path)

@@ -185,7 +185,7 @@ def test_an_address_of_either_version() -> None:
     assert EitherVersion.parse({"gateway": "fd00::1"}).gateway == ip_address("fd00::1")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.dictionaries(st.sampled_from(sorted(Known.__struct_encode_fields__)) | st.text(max_size=8), st.text(max_size=8))
 )

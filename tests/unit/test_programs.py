@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,13 @@ def test_a_program_says_what_it_says() -> None:
     assert len(pids) == 1
 
 
-def test_a_program_that_is_not_installed() -> None:
-    with pytest.raises(Unavailable, match=r"no program-of-nobody here: install the package nobodys"):
-        programs.run(deque(), "nobodys", "program-of-nobody")
+def test_a_program_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for may_not_be_run in (False, True):  # as where a folder of PATH is somebody else's alone
+        if may_not_be_run:
+            (tmp_path / "program-of-nobody").touch(0o644)
+        with pytest.raises(Unavailable, match=r"no program-of-nobody here: install the package nobodys"):
+            programs.run(deque(), "nobodys", "program-of-nobody")
 
 
 def test_a_program_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

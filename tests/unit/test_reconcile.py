@@ -19,11 +19,23 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, IpamDriver, Network, Plugin, Scope, background, losses, reconcile
+from netplugin_sdk import (
+    Container,
+    DriverError,
+    Endpoint,
+    IpamDriver,
+    Network,
+    Plugin,
+    Scope,
+    background,
+    losses,
+    reconcile,
+)
 from netplugin_sdk.docker import Docker as Engine
 from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.ipam import PoolIpamDriver
 
+from ..patience import PATIENCE
 from .lab import (
     ENDPOINT,
     NETWORK,
@@ -40,6 +52,9 @@ from .lab import (
     publishing,
 )
 from .serving import MOMENT, wait_for
+
+LONG = 10 * PATIENCE
+"""Seconds that no test waits for."""
 
 FOREIGN = "f" * 64
 CONTAINER: dict[str, Any] = {
@@ -212,6 +227,21 @@ def test_a_network_that_was_never_listed_is_removed_when_others_of_ours_were(eng
     wait_for(lambda: not driver.networks, "the removal")
 
 
+def test_a_removal_that_fails_is_finished_by_the_next_start(
+    engine: Listed, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver, docker = served_and_listed(engine, serve)
+    driver.fails = {"delete_network": DriverError("not today")}
+    engine.networks = {}
+    docker.plugin.reconcile()
+    wait_for(lambda: "not today" in caplog.text, "the failure")
+    engine.broken = True  # so it is not Docker that says it again
+    again = Recorder()
+    serve(again)
+    assert not again.networks
+    assert again.calls == ["delete_network"]
+
+
 def test_another_engine_at_that_socket_removes_nothing(engine: Listed, serve: Serve) -> None:
     """It lists none of ours: whose networks they are it does not know."""
     driver = Recorder()
@@ -241,14 +271,18 @@ def test_an_engine_that_does_not_answer_removes_nothing(engine: Listed, serve: S
 
 def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine lists a network only when all of its creation is done."""
-    monkeypatch.setattr(reconcile, "_MISSING", 1.0)
+    monkeypatch.setattr(reconcile, "_MISSING", LONG)
     driver = Recorder()
     docker = serve(driver)
     engine.networks = {OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker("CreateNetwork", create_network(OTHER_NETWORK))
-    wait_for(lambda: len(engine.asked) >= 3, "the first look")
+    reconciler = docker.plugin._reconciler
+    assert reconciler is not None
+    docker.plugin.reconcile()  # one that came while the second was made did not know that
+    wait_for(lambda: NETWORK in reconciler._missing, "a look that misses it")
     engine.networks[NETWORK] = {}
+    docker.plugin.reconcile()
     wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the next look")
     assert len(driver.networks) == 2
 
@@ -294,7 +328,7 @@ def test_a_swarms_network_that_was_never_listed_is_removed_by_its_node(
 def test_a_swarms_network_that_is_asked_for_again_stays(
     engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "_MISSING", 1.0)
+    monkeypatch.setattr(reconcile, "_MISSING", LONG)
     driver = Swarm()
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
@@ -302,37 +336,49 @@ def test_a_swarms_network_that_is_asked_for_again_stays(
     docker.run()
     wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
     engine.networks, engine.elsewhere = {}, {NETWORK}
-    engine.asked.clear()
     docker.plugin.reconcile()
-    wait_for(lambda: f"/networks/{NETWORK}" in engine.asked, "the next look")
+    reconciler = docker.plugin._reconciler
+    assert reconciler is not None
+    wait_for(lambda: NETWORK in reconciler._missing, "the next look")
     driver.since()
     docker("CreateNetwork", create_network())
     assert driver.since() == ["leave", "delete_endpoint"]  # the engine has forgotten it
     engine.networks, engine.elsewhere = {NETWORK: {ENDPOINT: "c1"}}, set()
     docker.run()
-    assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT}, 1.0)
+    monkeypatch.setattr(reconcile, "_MISSING", 0.2)  # who is still on the list of the missing goes now
+    docker.plugin.reconcile()
+    assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT})
 
 
-def test_a_network_that_is_asked_for_while_its_removal_waits_stays(engine: Listed, serve: Serve) -> None:
+def test_a_network_that_is_asked_for_while_its_removal_waits_stays(
+    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = Swarm()
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
     wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
-    entered, go_on = threading.Event(), threading.Event()
+    entered, go_on, removes = threading.Event(), threading.Event(), threading.Event()
+    remove = reconcile.Reconciler._remove
 
     def wait(_: object) -> None:
         entered.set()
-        go_on.wait(5)
+        go_on.wait(PATIENCE)
+
+    def removing(reconciler: reconcile.Reconciler[Options], record: Network[Options] | Endpoint) -> None:
+        removes.set()
+        remove(reconciler, record)
+
+    monkeypatch.setattr(reconcile.Reconciler, "_remove", removing)
 
     driver.hooks = {"delete_endpoint": wait}
     asking = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
     asking.start()
-    assert entered.wait(5)
+    assert entered.wait(PATIENCE)
     engine.networks = {}
     docker.plugin.reconcile()
-    time.sleep(0.8)  # looked twice, and wants to remove it
+    assert removes.wait(PATIENCE), "it looked twice, and wants to remove it"
     engine.networks = {NETWORK: {}}
     go_on.set()
     asking.join()
@@ -385,8 +431,9 @@ def test_what_docker_forgets_without_a_word_is_found(
 ) -> None:
     """As an engine with live-restore does that was killed: when it is back it calls nobody."""
     monkeypatch.setattr(reconcile, "_EVERY", 0.1)
-    driver, _ = with_one_that_docker_forgets(engine, serve)
+    driver, docker = with_one_that_docker_forgets(engine, serve)
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
+    assert docker.plugin.repairs["unknown_to_docker"] == 1
 
 
 def test_an_engine_that_is_away_for_long_is_still_asked(
@@ -403,6 +450,112 @@ def test_an_engine_that_is_away_for_long_is_still_asked(
     assert caplog.text.count("does not tell") == 1
     engine.broken, engine.networks = False, {}
     wait_for(lambda: not driver.networks, "the removal, once it answers")
+
+
+ENDED: dict[str, tuple[dict[str, dict[str, str]], str, tuple[str, dict[str, Any]]]] = {
+    "a network, of another one": ({}, "delete_network", ("DeleteNetwork", of(OTHER_NETWORK))),
+    "an endpoint's network": (
+        {NETWORK: {}, OTHER_NETWORK: {}},
+        "delete_endpoint",
+        ("DeleteNetwork", of(OTHER_NETWORK)),
+    ),
+    "an endpoint": (
+        {NETWORK: {}, OTHER_NETWORK: {}},
+        "delete_endpoint",
+        ("DeleteEndpoint", of(OTHER_NETWORK, OTHER_ENDPOINT)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDED.values(), ids=ENDED)
+def test_what_docker_deletes_while_something_else_is_removed(
+    engine: Listed, serve: Serve, caplog: pytest.LogCaptureFixture, case: Any
+) -> None:
+    """Two are missing; while the first is removed Docker asks for the end of the second."""
+    left, hook, request_ = case
+    driver = Recorder()
+    docker = serve(driver)
+    engine.networks = {NETWORK: {ENDPOINT: "c1"}, OTHER_NETWORK: {OTHER_ENDPOINT: "c2"}}
+    for network, endpoint in ((NETWORK, ENDPOINT), (OTHER_NETWORK, OTHER_ENDPOINT)):
+        docker("CreateNetwork", create_network(network))
+        docker.run(network, endpoint)
+    assert stays(lambda: len(driver.networks) == 2)
+    ended: list[object] = []
+
+    def end_another(record: object) -> None:
+        if not ended:
+            ended.append(record)
+            docker(*request_)
+
+    driver.hooks[hook] = end_another
+    engine.networks = left
+    docker.plugin.reconcile()
+    wait_for(lambda: ended and not any(n.endpoints for n in driver.networks.values()), "the removal")
+    assert stays(lambda: "Traceback" not in caplog.text)
+    assert docker.plugin.repairs["unknown_to_docker"] == 1
+    assert docker.plugin.repairs["failed"] == 0
+
+
+# Losses
+
+
+class Clock:
+    """Passes only while a repair waits, which nobody ends."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.waits: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now += seconds
+        return False
+
+    def set(self) -> None:
+        pass
+
+
+def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(reconcile, "time", clock)
+    with Plugin(Recorder()) as plugin:
+        reconciler: Any = plugin._reconciler
+        reconciler._closing = clock
+
+        def lose(times: int) -> list[float]:
+            clock.waits.clear()
+            for _ in range(times):
+                losses.tell("br-1 vanished")
+                reconciler._repairs.wait()
+            return clock.waits
+
+        assert lose(10) == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+        clock.now += 30.0  # not yet
+        assert lose(1) == [30.0]
+        clock.now += 30.1  # calm
+        assert lose(2) == [0.2, 0.4]
+        assert plugin.repairs["lost"] == 13
+
+
+def test_the_end_waits_for_a_repair_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "_BURST", 0.0)
+    driver, begun, ended = Recorder(), threading.Event(), threading.Event()
+    too_early: list[bool] = []
+
+    def repair(_: object) -> None:
+        begun.set()
+        too_early.append(ended.wait(MOMENT))
+
+    with Plugin(driver) as plugin:
+        Docker(plugin)("CreateNetwork", create_network())
+        driver.hooks = {"create_network": repair}
+        losses.tell("br-1 vanished")
+        assert begun.wait(PATIENCE)
+    ended.set()
+    assert too_early == [False]
 
 
 # Containers
@@ -441,7 +594,8 @@ def test_it_is_asked_again_until_the_engine_knows(engine: Listed, serve: Serve) 
     docker.run()
     wait_for(lambda: len(engine.asked) > 1, "a second question")
     engine.broken, engine.networks = False, {NETWORK: {ENDPOINT: "ep-1"}}  # created, and not yet in its container
-    time.sleep(0.2)
+    engine.asked.clear()
+    wait_for(lambda: engine.asked.count(f"/networks/{NETWORK}") > 1, "a question after an answer of it")
     assert not driver.told
     engine.networks, engine.containers = {NETWORK: {ENDPOINT: CONTAINER["Id"]}}, [CONTAINER]
     wait_for(lambda: driver.told, "the container")
@@ -544,7 +698,9 @@ def test_a_thread_of_the_drivers_own_may_ask(engine: Listed, serve: Serve, tmp_p
 # Losses
 
 
-def test_a_loss_makes_the_drivers_own_methods_bring_it_back(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_makes_the_drivers_own_methods_bring_it_back(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
 
     class Restorer(Publisher):
@@ -558,18 +714,28 @@ def test_a_loss_makes_the_drivers_own_methods_bring_it_back(serve: Serve, caplog
     docker("ProgramExternalConnectivity", publishing())
     docker("CreateEndpoint", create_endpoint(endpoint=OTHER_ENDPOINT))
     driver.since()
-    for _ in range(10):  # a burst
+    pauses: list[float] = []
+    burst, reconciler = threading.Event(), docker.plugin._reconciler
+    assert reconciler is not None
+
+    def wait(pause: float) -> bool:
+        pauses.append(pause)
+        assert burst.wait(PATIENCE)
+        return False
+
+    monkeypatch.setattr(reconciler._closing, "wait", wait)
+    for _ in range(10):
         losses.tell("interface br-1 is gone")
+    burst.set()
     wait_for(lambda: "program 18080" in driver.calls, "the repair")
     wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "what it says of it")
     assert driver.since() == ["create_network", "restore_endpoint", "program 18080"]
     assert "interface br-1 is gone: bringing it back" in caplog.text
-    began = time.monotonic()
     for _ in range(3):  # somebody does it again and again
         losses.tell("interface br-1 is gone")
         wait_for(lambda: "program 18080" in driver.calls, "the next repair")
         driver.since()
-    assert time.monotonic() - began > 0.4 + 0.8 + 1.6 - 0.1
+    assert pauses == [0.2, 0.4, 0.8, 1.6]
     docker.plugin.close()
     losses.tell("interface br-1 is gone")
     assert stays(lambda: not driver.calls)
@@ -592,6 +758,38 @@ def test_what_cannot_be_brought_back_does_not_keep_the_others(serve: Serve, capl
     assert "ValueError: no" in caplog.text
     docker("DeleteNetwork", of())
     docker("DeleteNetwork", of(OTHER_NETWORK))
+
+
+def test_what_is_deleted_while_another_is_restored_stays_deleted(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    driver = Recorder()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker("CreateNetwork", create_network(OTHER_NETWORK))
+    driver.since()
+    driver.hooks["create_network"] = lambda _: docker("DeleteNetwork", of(OTHER_NETWORK))
+    docker.plugin.reconcile()
+    wait_for(lambda: "2 of 2 networks are restored" in caplog.text, "the repair")
+    assert driver.since() == ["create_network", "delete_network"]
+
+
+def test_what_cannot_be_undone_is_not_restored(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    driver = Publisher()
+    docker = serve(driver)
+    docker("CreateNetwork", create_network())
+    docker.run()
+    docker("ProgramExternalConnectivity", publishing())
+    driver.fails = {"delete_endpoint": DriverError("busy")}
+    docker.refused("DeleteEndpoint", of(NETWORK, ENDPOINT))
+    driver.since()
+    docker.plugin.reconcile()
+    wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "the repair")
+    assert driver.since() == ["delete_endpoint", "create_network"]
+    driver.fails = {}
+    docker("DeleteEndpoint", of(NETWORK, ENDPOINT))
 
 
 class Told(PoolIpamDriver):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netplugin_sdk import DriverError, Unavailable
@@ -59,6 +59,8 @@ exchanges = st.builds(
 ) | st.builds(Exchange, method=st.text(), request=bodies, status=st.just(0), answer=st.just(b""), no_answer=st.text())
 
 
+@example(Exchange("", b'"\x80', 200, b'"no end'))  # no JSON, though it begins as a text does
+@example(Exchange("", b'"\\ud800"', 200, b""))  # JSON that UTF-8 cannot write as it is
 @given(exchanges)
 def test_nothing_is_lost_on_the_way(exchange: Exchange) -> None:
     line = to_json(exchange)

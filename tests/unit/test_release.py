@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import email
+import os
 import subprocess
+import sys
 import tarfile
 import tomllib
 from pathlib import Path
@@ -27,7 +29,13 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (REPOSITORY / ".git").exists():
         pytest.skip("no clone of the repository: nothing to release")
     folder = tmp_path_factory.mktemp("dist")
-    done = subprocess.run([REPOSITORY / "tools/release", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [REPOSITORY / "tools/release", folder],
+        env={**os.environ, "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any, TypeVar
@@ -23,9 +23,10 @@ from netplugin_sdk.linux import firewall
 from netplugin_sdk.linux.firewall import FirewallError, Policy
 from netplugin_sdk.linux.ports import Published
 
+from ..patience import PATIENCE
+
 T = TypeVar("T")
 
-PATIENCE = 20.0
 SHORT = 0.08
 """Seconds in which something would have happened that must not."""
 
@@ -75,6 +76,7 @@ class Announcing:
 
     def __init__(self) -> None:
         self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.rounds = self.heard = 0
 
     def __call__(self) -> Announcing:
         return self
@@ -89,10 +91,13 @@ class Announcing:
         return self.read
 
     def of_others(self, pids: Collection[int]) -> bool:
+        self.rounds += 1
         try:
-            return bool(os.read(self.read, 1000))
+            os.read(self.read, 1000)
         except BlockingIOError:
             return False
+        self.heard += 1
+        return True
 
     def somebody_changes(self) -> None:
         os.write(self.write, b"x")
@@ -105,6 +110,29 @@ def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Announcing]:
     yield announcements
     os.close(announcements.read)
     os.close(announcements.write)
+
+
+class Clock:
+    """The keeper's, which stands still until the test goes on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(firewall, "time", made)
+    return made
+
+
+def turn() -> None:
+    """The keeper's thread has gone round: what is due is done."""
+    for _ in range(2):
+        soon(firewall.settle)
 
 
 @pytest.fixture(autouse=True)
@@ -339,14 +367,17 @@ def test_a_change_by_others_is_looked_at_and_repaired(
     assert backend.forgotten
 
 
-def test_many_changes_cost_one_look(backend: Remembering, announcing: Announcing) -> None:
+def test_many_changes_cost_one_look(backend: Remembering, announcing: Announcing, clock: Clock) -> None:
     soon(firewall.ensure, PLAIN)
-    for _ in range(10):
+    for number in range(10):
         announcing.somebody_changes()
-        time.sleep(0.005)
-    until(lambda: len(backend.calls) == 2)
-    time.sleep(firewall._Keeper._QUIET + SHORT)
-    assert len(backend.calls) == 2
+        until(lambda heard=number + 1: announcing.heard == heard)  # type: ignore[misc]
+    turn()
+    assert backend.forgotten == 0
+    for _ in range(2):
+        clock.now += firewall._Keeper._QUIET
+        turn()
+        assert (backend.forgotten, len(backend.calls)) == (1, 2)
 
 
 def test_a_change_that_is_not_ours_to_repair_is_not_logged(
@@ -369,32 +400,38 @@ def test_a_refused_policy_does_not_keep_the_others_from_repair(backend: Remember
     until(lambda: backend.kernel == {"br-1": PLAIN})
 
 
-def test_where_changes_are_not_announced_it_looks_now_and_then(
-    backend: Remembering, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(firewall._Keeper, "_POLL", 0.05)
+def test_where_changes_are_not_announced_it_looks_now_and_then(backend: Remembering, clock: Clock) -> None:
     backend.announced = False
     soon(firewall.ensure, PLAIN)
     for _ in range(2):
+        turn()
         backend.kernel.clear()
-        until(lambda: backend.kernel == {"br-1": PLAIN})
+        clock.now += firewall._Keeper._POLL
+        turn()
+        assert backend.kernel == {"br-1": PLAIN}
     soon(firewall.delete, "br-1")
-    time.sleep(SHORT)
-    looks = len(backend.calls)
-    time.sleep(SHORT)
-    assert len(backend.calls) == looks, "there is nothing to look after"
+    looks = []
+    for _ in range(3):
+        clock.now += firewall._Keeper._POLL
+        turn()
+        looks.append(backend.forgotten)
+    assert looks == [3, 3, 3], "there is nothing to look after: not once more after a look that was due"
 
 
-def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing) -> None:
+def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing, clock: Clock) -> None:
     """Also after a first request that failed: then there is no back end that could look."""
     backend.missing = Unavailable("no iptables here")
     with pytest.raises(Unavailable):
         soon(firewall.ensure, PLAIN)
     announcing.somebody_changes()
-    time.sleep(firewall._Keeper._QUIET + SHORT)
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.1
+    until(lambda: announcing.heard == 1)
+    for _ in range(2):  # what would be due is due
+        clock.now += 2 * firewall._Keeper._QUIET
+        with pytest.raises(Unavailable):
+            soon(firewall.settle)
+    rounds = announcing.rounds
+    time.sleep(SHORT)
+    assert announcing.rounds <= rounds + 1, "it waits, but for the round that it may have been in"
     backend.missing = None
     soon(firewall.ensure, PLAIN)
     assert backend.kernel == {"br-1": PLAIN}
@@ -465,12 +502,15 @@ def test_a_log_that_fails_does_not_end_the_watch(backend: Remembering, announcin
 
     logger = logging.getLogger("netplugin_sdk")
     soon(firewall.ensure, PLAIN)
+    thread = firewall._keeper._thread
+    assert thread is not None
     logger.addFilter(refuse)
     try:
         backend.kernel.clear()
         announcing.somebody_changes()
         until(lambda: backend.kernel == {"br-1": PLAIN})
         soon(firewall.ensure, on("br-2"))
+        thread.join(PATIENCE)  # its last words are pytest's warning, which is this test's
     finally:
         logger.removeFilter(refuse)
 
@@ -514,13 +554,17 @@ def test_close_ends_the_thread_and_what_it_has_open() -> None:
     until(lambda: threading.active_count() <= threads)
 
 
-def test_after_close_nothing_is_kept_in_force(backend: Remembering, announcing: Announcing) -> None:
+def test_after_close_nothing_is_kept_in_force(backend: Remembering, announcing: Announcing, clock: Clock) -> None:
     soon(firewall.ensure, PLAIN)
     soon(firewall.close)
     backend.kernel.clear()
     announcing.somebody_changes()
     soon(firewall.ensure, on("br-2"))
-    time.sleep(firewall._Keeper._QUIET + SHORT)
+    announcing.somebody_changes()
+    until(lambda: announcing.heard > 1)
+    clock.now += firewall._Keeper._QUIET
+    turn()
+    assert backend.forgotten == 1
     assert backend.kernel == {"br-2": on("br-2")}
 
 
@@ -567,7 +611,7 @@ def test_a_request_between_the_threads_end_and_the_end_of_close(
         join()
         asked.append(begin(firewall.ensure, on("br-2")))
         asked.append(begin(firewall.settle))
-        time.sleep(SHORT)
+        wait(asked, SHORT)
 
     monkeypatch.setattr(thread, "join", joined)
     soon(firewall.close)

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from netplugin_sdk import Conflict, Unavailable, run, serve, server
 from netplugin_sdk.ipam import PoolIpamDriver
 
-from .serving import NETWORK, TIMEOUT, Echo, Process, connect_tcp, connect_unix, echo, post, process, wait_for
+from ..patience import PATIENCE
+from .serving import NETWORK, Echo, Process, connect_tcp, connect_unix, echo, post, process, wait_for
 
 ENDPOINT = "fedcba9876543210" * 4
 
@@ -41,7 +43,7 @@ def systemd(*listeners: socket.socket) -> dict[str, Any]:
 
 def notify_socket(path: Path | str) -> socket.socket:
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    notify.settimeout(TIMEOUT)
+    notify.settimeout(PATIENCE)
     notify.bind(str(path))
     return notify
 
@@ -266,21 +268,31 @@ def test_the_socket_is_made_as_wanted(tmp_path: Path) -> None:
 
 def some_calls(folder: Path, **arguments: Any) -> list[str]:
     """What is logged of a call that is answered, one that is not supported, one that fails and one with a bug."""
+
+    def is_logged(calls: int) -> bool:
+        return sum("method=" in line or '"method":' in line for line in plugin.log) >= calls
+
     with process(folder, **arguments) as plugin:
         plugin.wait_serving(folder / "s.sock")
         with connect_unix(folder / "s.sock") as client:
             ids = json.dumps({"NetworkID": NETWORK, "EndpointID": ENDPOINT}).encode()
-            for request, status in (
-                (echo(n="1"), 200),
-                (post(b"{}", method="NetworkDriver.ProgramExternalConnectivity"), 404),
-                (echo(fail="no bridge\n  today"), 500),
-                (post(ids, method="NetworkDriver.Leave"), 200),
-                (post(ids, method="NetworkDriver.EndpointOperInfo"), 422),
-                (echo(bug="oh\nno"), 500),
-                (post(b"[]", method="NetworkDriver.Join"), 400),
+            shown = arguments.get("log_level") != "error"
+            for number, (request, status) in enumerate(
+                (
+                    (echo(n="1"), 200),
+                    (post(b"{}", method="NetworkDriver.ProgramExternalConnectivity"), 404),
+                    (echo(fail="no bridge\n  today"), 500),
+                    (post(ids, method="NetworkDriver.Leave"), 200),
+                    (post(ids, method="NetworkDriver.EndpointOperInfo"), 422),
+                    (echo(bug="oh\nno"), 500),
+                    (post(b"[]", method="NetworkDriver.Join"), 400),
+                ),
+                start=1,
             ):
                 client.send(request)
                 assert client.receive().status == status
+                if shown:  # after the answer, and perhaps by another thread than that of the next call
+                    wait_for(partial(is_logged, number), "its line")
         plugin.signal(signal.SIGTERM)
         assert plugin.wait() == 0
         return plugin.log
@@ -305,7 +317,7 @@ def test_the_log_as_json_has_one_object_a_line_and_one_line_a_call(tmp_path: Pat
     assert [call["level"] for call in calls] == ["INFO", "INFO", "WARNING", "INFO", "WARNING", "WARNING", "WARNING"]
     for call in calls:
         if call["status"] != 404:
-            assert 0 <= call["ms"] < TIMEOUT * 1000
+            assert 0 <= call["ms"] < PATIENCE * 1000
     messages = [line["message"] for line in lines if "message" in line]
     assert any(re.fullmatch(rf"echo serves Echo on {tmp_path}/s\.sock", message) for message in messages)
     assert messages[-1] == "echo stopped"

@@ -1,28 +1,33 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from grp import struct_group
 from pathlib import Path
+from pwd import struct_passwd
+from typing import Any
 
 import pytest
 
 from netplugin_sdk import AllocateNetwork, Conflict, Plugin, Unavailable
 from netplugin_sdk.plugin import CONTENT_TYPE
-from netplugin_sdk.server import Limits, Server
+from netplugin_sdk.server import Limits, Server, unix_socket
 
+from ..patience import PATIENCE
+from ..volume import volume
 from .serving import (
     METHOD,
-    TIMEOUT,
+    MOMENT,
     Client,
     Echo,
     Gate,
@@ -89,7 +94,7 @@ def test_a_request_may_arrive_byte_by_byte(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served, served.connect() as client:
         for byte in echo(n="1") + echo(n="2"):
             client.send(bytes([byte]))
-            time.sleep(0.0005)
+            client.wait_read()
         assert [client.receive().options["n"] for _ in range(2)] == ["1", "2"]
 
 
@@ -98,7 +103,7 @@ def test_a_request_may_arrive_together_with_half_of_the_next(tmp_path: Path) -> 
     with serving_unix(tmp_path) as served, served.connect() as client:
         for start in range(0, len(requests), 200):
             client.send(requests[start : start + 200])
-            time.sleep(0.002)
+            client.wait_read()
         assert [client.receive().options["n"] for _ in range(10)] == [str(number) for number in range(10)]
 
 
@@ -389,6 +394,80 @@ def test_an_error_in_the_servers_own_thread_does_not_end_the_service(
         assert served.connect().echo(n="3") == {"n": "3"}
 
 
+def test_an_error_of_a_thread_that_leads_no_more_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("the log is broken")
+
+    with serving_unix(tmp_path) as served:
+        ((client, _, gate),) = slow_calls(served, 1)
+        assert served.connect().echo(n="1") == {"n": "1"}, "by another thread"
+        monkeypatch.setattr(served.server.plugin, "log", fail)
+        gate.open()
+        client.receive()
+        wait_for(lambda: "a bug in the server" in caplog.text, "the failure")
+
+
+def test_a_bug_while_it_waits_is_logged_and_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, lead_once = iter([True]), Server._lead_once
+
+    def fail_once(self: Server, me: threading.Thread) -> None:
+        if next(broken, False):
+            raise RuntimeError("the loop is broken")
+        lead_once(self, me)
+
+    with serving_unix(tmp_path) as served, served.connect() as client:
+        monkeypatch.setattr(Server, "_lead_once", fail_once)
+        assert client.echo(n="1") == {"n": "1"}
+        wait_for(lambda: "the loop is broken" in caplog.text, "the failure")
+        assert client.echo(n="2") == {"n": "2"}
+
+
+def test_without_descriptors_a_client_waits_until_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals, accept = iter([errno.EMFILE, errno.ENFILE, errno.ECONNABORTED]), socket.socket.accept
+
+    def accept_later(self: socket.socket) -> tuple[socket.socket, Any]:
+        if number := next(refusals, 0):
+            raise OSError(number, os.strerror(number))
+        return accept(self)
+
+    with serving_unix(tmp_path) as served:
+        monkeypatch.setattr(socket.socket, "accept", accept_later)
+        assert served.connect().echo(n="1") == {"n": "1"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [text.rpartition("] ")[2] for text in said] == ["Too many open files", "Too many open files in system"]
+
+
+def test_without_threads_calls_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "server":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with serving_unix(tmp_path) as served:
+        gate, client, other = served.driver.gate(), served.connect(), served.connect()
+        other.echo(n="0")
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        client.send(echo(gate="gate"))
+        gate.wait_entered()
+        wait_for(lambda: "calls wait for each other: can't start new thread" in caplog.text, "the error in the log")
+        other.send(echo(n="1"))
+        assert not other.readable(MOMENT)
+        gate.open()
+        assert client.receive().options == {"gate": "gate"}
+        assert other.receive().options == {"n": "1"}
+    assert caplog.text.count("calls wait for each other") == 1
+
+
 def slow_calls(served: Served, count: int) -> list[tuple[Client, str, Gate]]:
     """So many calls that are all in the driver, on a network each."""
     calls = [(served.connect(), network, served.driver.gate(network)) for network in networks(count)]
@@ -436,10 +515,12 @@ def test_slow_calls_one_after_the_other_leave_the_server_as_it_was(tmp_path: Pat
 
 
 def test_many_clients_at_once_get_each_its_own_answers(tmp_path: Path) -> None:
+    turns = volume(10, 50)
+
     def work(served: Served, network: str) -> None:
         client = connect_unix(served.path)
         with client:
-            for number in range(50):
+            for number in range(turns):
                 client.send(b"".join(echo(network=network, n=f"{network} {number} {part}") for part in range(3)))
                 for part in range(3):
                     assert client.receive().options == {"n": f"{network} {number} {part}"}
@@ -447,8 +528,8 @@ def test_many_clients_at_once_get_each_its_own_answers(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served:
         with ThreadPoolExecutor(32) as workers:
             for done in [workers.submit(work, served, network) for network in networks(32)]:
-                done.result(TIMEOUT)
-        assert served.driver.calls == 32 * 50 * 3
+                done.result(PATIENCE)
+        assert served.driver.calls == 32 * turns * 3
 
 
 def test_short_connections_in_a_burst_are_all_served(tmp_path: Path) -> None:
@@ -459,7 +540,7 @@ def test_short_connections_in_a_burst_are_all_served(tmp_path: Path) -> None:
 
     with serving_unix(tmp_path) as served, ThreadPoolExecutor(16) as workers:
         for done in [workers.submit(work, served, network) for network in networks(500)]:
-            done.result(TIMEOUT)
+            done.result(PATIENCE)
 
 
 def test_a_client_that_goes_away_before_its_answer_changes_nothing(tmp_path: Path) -> None:
@@ -498,7 +579,7 @@ def test_clients_that_do_not_read_their_answers_do_not_hold_up_others(tmp_path: 
         deaf = [(served.connect(), network) for network in networks(5)]
         for client, network in deaf:
             client.send(echo(network=network, size="8000000"))
-            assert client.readable(TIMEOUT), "the answer is on its way"
+            assert client.readable(PATIENCE), "the answer is on its way"
         for number in range(5):
             assert served.connect().echo(n=str(number)) == {"n": str(number)}
         for client, _ in deaf:
@@ -551,76 +632,51 @@ def test_the_mode_of_the_socket_is_as_wanted_whatever_the_umask(tmp_path: Path) 
         os.umask(before)
 
 
-def test_the_socket_gets_its_owner_and_group(tmp_path: Path) -> None:
-    # Only root can give something away.
-    owner, group = (12345, 23456) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
-    with Plugin(Echo()) as plugin, Server(plugin) as server:
-        server.listen_unix(tmp_path / "s.sock", mode=0o660, owner=owner, group=group)
-        found = (tmp_path / "s.sock").stat()
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (owner, group, 0o660)
-
-
-def test_owner_and_group_may_be_names(tmp_path: Path) -> None:
-    name, group = ("daemon", "daemon") if os.geteuid() == 0 else (tmp_path.owner(), tmp_path.group())
-    with Plugin(Echo()) as plugin, Server(plugin) as server:
-        server.listen_unix(tmp_path / "s.sock", owner=name, group=group)
-        assert (tmp_path / "s.sock").owner() == name
-        assert (tmp_path / "s.sock").group() == group
-
-
-OWNER, GROUP, STRANGER = 50_001, 50_002, 50_003
-"""Ids that nobody has."""
-
-SOMEBODY = """
-import json, os, socket, sys
-user, group, others = json.loads(sys.argv[2])
-with socket.socket(socket.AF_UNIX) as client:
-    os.setgroups(others)
-    os.setgid(group)
-    os.setuid(user)
-    client.settimeout(20)
-    client.connect(sys.argv[1])
-    try:
-        client.sendall(sys.stdin.buffer.read())
-        print("served" if client.recv(100).startswith(b"HTTP/1.1 200 ") else "cut")
-    except (BrokenPipeError, ConnectionResetError):
-        print("cut")
-"""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-@pytest.mark.parametrize(
-    ("mode", "who", "served"),
-    [
-        (0o666, (0, 0, []), True),
-        (0o666, (OWNER, STRANGER, []), True),
-        (0o666, (STRANGER, STRANGER, []), False),
-        (0o666, (STRANGER, GROUP, []), True),
-        (0o666, (STRANGER, STRANGER, [STRANGER, GROUP]), True),
-        (0o606, (STRANGER, STRANGER, []), False),
-        (0o660, (STRANGER, GROUP, []), True),
-    ],
-)
-def test_who_may_call_whatever_the_mode_says_of_others(
-    mode: int, who: tuple[int, int, list[int]], served: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("mode", [0o600, 0o660])
+def test_the_socket_is_never_wider_open_than_it_is_to_be(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's are for root alone
-        Path(folder).chmod(0o755)
+    """From `bind` on it has a name, and whoever may open that waits for `listen` and is the first to call."""
+    path, seen = tmp_path / "s.sock", {}
 
-        def listen(server: Server) -> Path:
-            server.listen_unix(Path(folder) / "s.sock", mode=mode, owner=OWNER, group=GROUP)
-            return Path(folder) / "s.sock"
+    class Watched(socket.socket):
+        def bind(self, address: object) -> None:
+            super().bind(address)  # type: ignore[arg-type]
+            seen["bind"] = stat.S_IMODE(path.stat().st_mode)
 
-        with serving(listen) as running:
-            client = subprocess.run(
-                [sys.executable, "-c", SOMEBODY, str(running.path), json.dumps(who)],
-                input=echo(n="1"),
-                capture_output=True,
-                check=True,
-            )
-            assert client.stdout.decode().strip() == ("served" if served else "cut")
-            assert running.driver.calls == served
-    assert (f"of user {who[0]}, group {who[1]}" in caplog.text) is not served
+        def listen(self, backlog: int) -> None:  # type: ignore[override]
+            seen["listen"] = stat.S_IMODE(path.stat().st_mode)
+            super().listen(backlog)
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    before = os.umask(0)
+    try:
+        with unix_socket(path, mode=mode):
+            pass
+    finally:
+        os.umask(before)
+    assert seen == {"bind": mode, "listen": mode}
+
+
+OWNER, GROUP = (12345, 23456) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+"""To whom a file can be given: only root can give it away."""
+
+
+def test_the_socket_gets_its_owner_and_group(tmp_path: Path) -> None:
+    with Plugin(Echo()) as plugin, Server(plugin) as server:
+        server.listen_unix(tmp_path / "s.sock", mode=0o660, owner=OWNER, group=GROUP)
+        found = (tmp_path / "s.sock").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (OWNER, GROUP, 0o660)
+
+
+def test_owner_and_group_may_be_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of this test: who runs it need not have one."""
+    monkeypatch.setattr("pwd.getpwnam", {"l2": struct_passwd(("l2", "x", OWNER, GROUP, "", "/", ""))}.__getitem__)
+    monkeypatch.setattr("grp.getgrnam", {"l2s": struct_group(("l2s", "x", GROUP, []))}.__getitem__)
+    with Plugin(Echo()) as plugin, Server(plugin) as server:
+        server.listen_unix(tmp_path / "s.sock", owner="l2", group="l2s")
+        found = (tmp_path / "s.sock").stat()
+    assert (found.st_uid, found.st_gid) == (OWNER, GROUP)
 
 
 @pytest.mark.parametrize("who", ["owner", "group"])
@@ -790,7 +846,7 @@ def test_stop_lets_all_running_calls_end(tmp_path: Path) -> None:
 def test_stop_lets_a_large_answer_be_read_to_its_end(tmp_path: Path) -> None:
     with serving_unix(tmp_path) as served, served.connect() as client:
         client.send(echo(size="8000000"))
-        assert client.readable(TIMEOUT)
+        assert client.readable(PATIENCE)
         served.server.stop()
         wait_for(lambda: not served.path.exists(), "the socket to go")
         assert len(client.receive().options["large"]) == 8_000_000
@@ -801,7 +857,7 @@ def test_stop_lets_a_large_answer_be_read_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [0, 40], ids=["nothing yet", "half a request"])
 def test_stop_hears_a_client_that_is_about_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
     # An engine repeats a call of which a kept connection takes nothing, but not one on a new connection.
-    monkeypatch.setattr("netplugin_sdk.server._COURTESY", TIMEOUT)
+    monkeypatch.setattr("netplugin_sdk.server._COURTESY", PATIENCE)
     with serving_unix(tmp_path) as served:
         calling, idle = served.connect(), served.connect()
         calling.send(echo(n="1")[:sent])
@@ -814,7 +870,7 @@ def test_stop_hears_a_client_that_is_about_to_call(tmp_path: Path, monkeypatch: 
 
 
 def test_stop_does_not_wait_for_the_rest_of_a_request(tmp_path: Path) -> None:
-    limits = Limits(request_time=10 * TIMEOUT, drain_time=10 * TIMEOUT)
+    limits = Limits(request_time=10 * PATIENCE, drain_time=10 * PATIENCE)
     with serving_unix(tmp_path, limits) as served, served.connect() as client:
         client.send(echo(n="1") + echo(n="2")[:-5])
         assert client.receive().options == {"n": "1"}
@@ -837,10 +893,10 @@ def test_stop_waits_no_longer_than_drain_time(tmp_path: Path) -> None:
 
 
 def test_stop_does_not_wait_for_a_client_that_does_not_read(tmp_path: Path) -> None:
-    limits = Limits(drain_time=0.3, request_time=10 * TIMEOUT)
+    limits = Limits(drain_time=0.3, request_time=10 * PATIENCE)
     with serving_unix(tmp_path, limits) as served, served.connect() as client:
         client.send(echo(size="8000000"))
-        assert client.readable(TIMEOUT)
+        assert client.readable(PATIENCE)
         served.server.stop()
         served.wait_stopped()
 
@@ -869,7 +925,7 @@ def test_stop_works_from_a_call_of_the_driver(tmp_path: Path) -> None:
         with connect_unix(tmp_path / "s.sock") as client:
             client.send(echo(n="1"))
             assert client.receive().status == 200
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
@@ -880,7 +936,7 @@ def test_stop_may_come_early_late_and_more_than_once(tmp_path: Path) -> None:
         server.stop()
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        thread.join(TIMEOUT)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         server.stop()
     server.stop()

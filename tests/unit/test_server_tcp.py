@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,10 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from netplugin_sdk import Plugin, TLSFiles, Unavailable
+from netplugin_sdk import Plugin, TLSFiles, Unavailable, server
 from netplugin_sdk.server import Limits, Server
 
-from .serving import TIMEOUT, Client, Echo, Served, connect_tcp, echo, nothing_left, open_files, serving, wait_for
+from ..patience import PATIENCE
+from .serving import Client, Echo, Served, connect_tcp, echo, nothing_left, open_files, serving, wait_for
 
 OTHER = "fedcba9876543210" * 4
 HOST = "127.0.0.1"
@@ -332,7 +335,7 @@ def test_many_engines_at_once_over_tls(tmp_path: Path, keys: Keys) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
         assert not problems
         assert served.driver.calls == 8 * 20
@@ -412,7 +415,7 @@ def test_a_handshake_that_dribbles_is_ended_after_request_time(tmp_path: Path, k
 
 
 def test_handshakes_that_stall_do_not_hold_up_others(tmp_path: Path, keys: Keys) -> None:
-    limits = Limits(request_time=10 * TIMEOUT, drain_time=0.3)
+    limits = Limits(request_time=10 * PATIENCE, drain_time=0.3)
     with serving_tcp(tmp_path, tls=keys.files, limits=limits) as served:
         for _ in range(10):
             served.connect()
@@ -421,7 +424,7 @@ def test_handshakes_that_stall_do_not_hold_up_others(tmp_path: Path, keys: Keys)
 
 
 def test_stop_does_not_wait_for_a_handshake(tmp_path: Path, keys: Keys) -> None:
-    limits = Limits(request_time=10 * TIMEOUT, drain_time=0.3)
+    limits = Limits(request_time=10 * PATIENCE, drain_time=0.3)
     with serving_tcp(tmp_path, tls=keys.files, limits=limits) as served:
         served.connect().send(client_hello()[:50])
         assert keys.connect(served).echo(n="1") == {"n": "1"}
@@ -470,7 +473,7 @@ def test_an_engine_that_reads_nothing_over_tls_does_not_hold_up_others(tmp_path:
     with serving_tcp(tmp_path, tls=keys.files, limits=Limits(request_time=0.5)) as served:
         deaf = keys.connect(served)
         deaf.send(echo(size="16000000"))
-        assert deaf.readable(TIMEOUT)
+        assert deaf.readable(PATIENCE)
         assert keys.connect(served).echo(network=OTHER, n="1") == {"n": "1"}
         # The end of a TCP connection stays behind what was not read; what is seen of it is the server's descriptor.
         before = open_files().total()
@@ -487,6 +490,66 @@ def test_tls_files_that_cannot_be_used_are_an_error(tmp_path: Path, keys: Keys, 
     with pytest.raises(Unavailable, match="cannot listen on"):
         listen(tmp_path / "etc", HOST, tls=TLSFiles(**files))
     assert not (tmp_path / "etc").exists()
+
+
+# Sockets of systemd's
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Hands this process a TCP socket as systemd does; its port."""
+
+    def give(host: str) -> int:
+        with socket.create_server((host, 0)) as made:
+            port = int(made.getsockname()[1])
+            monkeypatch.setattr(server, "_FIRST_SYSTEMD_FD", os.dup(made.fileno()))
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        monkeypatch.setenv("LISTEN_FDS", "1")
+        return port
+
+    return give
+
+
+def test_a_socket_of_systemds_is_served_over_tls(given: Callable[[str], int], keys: Keys) -> None:
+    port = given("0.0.0.0")
+
+    def take(server: Server) -> int:
+        assert server.listen_systemd(tls=keys.files)
+        return port
+
+    with serving(take) as served:
+        assert keys.connect(served).echo(n="1") == {"n": "1"}
+        assert "LISTEN_FDS" not in os.environ, "not for child processes"
+
+
+@pytest.mark.parametrize(
+    ("host", "plain", "refused"), [("0.0.0.0", False, True), ("0.0.0.0", True, False), (HOST, False, False)]
+)
+def test_a_socket_of_systemds_without_tls_is_for_this_host_unless_insisted(
+    given: Callable[[str], int], host: str, plain: bool, refused: bool
+) -> None:
+    with nothing_left():
+        given(host)
+        with Plugin(Echo()) as plugin, Server(plugin) as taker:
+            if refused:
+                with pytest.raises(Unavailable, match=r"refusing to serve plain TCP on 0\.0\.0\.0"):
+                    taker.listen_systemd(plain=plain)
+            else:
+                assert taker.listen_systemd(plain=plain)
+
+
+def test_a_socket_of_systemds_whose_tls_files_cannot_be_used(
+    given: Callable[[str], int], keys: Keys, tmp_path: Path
+) -> None:
+    files = {name: getattr(keys.files, name) for name in keys.files.__struct_fields__} | {"key": tmp_path / "none"}
+    with nothing_left():
+        given(HOST)
+        with (
+            Plugin(Echo()) as plugin,
+            Server(plugin) as taker,
+            pytest.raises(Unavailable, match="cannot use the TLS files"),
+        ):
+            taker.listen_systemd(tls=TLSFiles(**files))
 
 
 def client_hello() -> bytes:

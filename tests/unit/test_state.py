@@ -31,12 +31,12 @@ from netplugin_sdk.addresses import IPInterface
 from netplugin_sdk.database import Folder
 from netplugin_sdk.state import Endpoint, Network, Store
 
+from ..patience import PATIENCE
 from .lab import (
     ENDPOINT,
     MAC,
     NETWORK,
     OTHER_NETWORK,
-    PATIENCE,
     SANDBOX,
     Docker,
     Options,
@@ -142,6 +142,21 @@ def test_an_interface_name_follows_from_the_id() -> None:
     assert len(network.interface_name("br")) == 15
 
 
+def test_the_next_version_finds_the_interfaces_of_this_one() -> None:
+    store = Store(None, Options)
+    network, endpoint = new_network(store), new_endpoint(store)
+    assert (network.interface_name("br"), network.interface_group) == ("br-ca75b6ab4104", 0x714ABA76)
+    assert (endpoint.interface_name("v"), endpoint.interface_group) == ("v-a8de4ba19c93", 0x77A9389E)
+
+
+def test_while_it_is_made_an_endpoint_has_the_addresses_that_the_engine_gave() -> None:
+    store = Store(None, Options)
+    new_network(store)
+    endpoint = new_endpoint(store)
+    assert endpoint.interface == endpoint.requested
+    assert endpoint.addresses == (ip_interface("172.18.0.2/16"),)
+
+
 def test_a_group_of_interfaces_follows_from_the_id_whatever_that_is() -> None:
     store = Store(None, Options)
     network, endpoint = new_network(store), new_endpoint(store)
@@ -149,6 +164,18 @@ def test_a_group_of_interfaces_follows_from_the_id_whatever_that_is() -> None:
     assert network.interface_group != endpoint.interface_group
     for each in (network, endpoint):
         assert 0x70000000 <= each.interface_group < 0x80000000, "the kernel's are signed"
+
+
+def test_nodes_that_are_forgotten_are_known_no_more(tmp_path: Path) -> None:
+    store = Store(tmp_path, Options)
+    for address in ("10.0.0.2", "10.0.0.3"):
+        store.save_node(address, b"{}")
+    store.forget_node("10.0.0.2")
+    assert set(store.nodes) == {"10.0.0.3"}
+    store.close()
+    store = Store(tmp_path, Options)
+    assert set(store.nodes) == {"10.0.0.3"}
+    store.close()
 
 
 # Attached data

@@ -16,10 +16,10 @@ import pytest
 
 from netplugin_sdk import AllocateNetwork, Network, Node, Plugin, Scope, Unavailable, state, swarm
 from netplugin_sdk.state import Store
+from tests.patience import PATIENCE
 from tests.unit.lab import (
     NETWORK,
     OTHER_NETWORK,
-    PATIENCE,
     Crash,
     Docker,
     Everything,
@@ -110,6 +110,17 @@ def test_what_others_have_is_known_before_the_first_call(tmp_path: Path) -> None
         with Plugin(Overlay(), state=tmp_path) as plugin:
             numbers.append(vni(Docker(plugin)("AllocateNetwork", allocate(f"network{number:05}"))))
     assert sorted(numbers) == ["100", "101", "102", "103"]
+
+
+@pytest.mark.parametrize("number", ["100", "103"])
+def test_the_first_and_the_last_number_are_known_after_a_restart_too(manager: Manager, number: str) -> None:
+    manager(Overlay())("AllocateNetwork", allocate(ONE, vni=number))
+    driver = Overlay()
+    docker = manager(driver)
+    for other in (f"network{n:05}" for n in range(20)):  # some would have it by their hash
+        assert vni(docker("AllocateNetwork", allocate(other))) != number
+        docker("FreeNetwork", of(other))
+    assert ONE in driver.allocations
 
 
 def test_networks_that_are_allocated_at_a_time_get_different_numbers(manager: Manager) -> None:
@@ -206,6 +217,15 @@ def test_an_allocation_that_fails_leaves_nothing(manager: Manager) -> None:
     assert not driver.allocations
     driver.fails = {}
     assert vni(docker("AllocateNetwork", allocate(TWO, vni="101"))) == "101"
+
+
+def test_an_allocation_that_cannot_be_undone_says_why_it_failed(
+    manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Overlay()
+    driver.fails = {"allocate_network": Unavailable("not today"), f"free_network {ONE}": Unavailable("nor tomorrow")}
+    assert manager(driver).refused("AllocateNetwork", allocate()) == (503, "not today")
+    assert "nor tomorrow" in caplog.text
 
 
 def test_a_network_in_use_keeps_what_it_has_if_it_cannot_be_allocated_again(manager: Manager) -> None:
@@ -318,6 +338,24 @@ def test_what_was_freed_elsewhere_is_given_out_last(
     assert docker.refused("AllocateNetwork", allocate(THREE))[0] == 503
 
 
+class TwoNumbers(Overlay):
+    cluster_numbers = {"vni": range(100, 104), "port": range(4000, 4003)}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("freed", [True, False], ids=["freed", "lost its number"])
+def test_the_numbers_of_what_is_gone_go_before_those_of_what_may_be_there(manager: Manager, freed: bool) -> None:
+    driver = TwoNumbers()
+    docker = manager(driver)
+    docker("AllocateNetwork", allocate(ONE, vni="102", port="4002"))
+    docker("AllocateNetwork", allocate(TWO, vni="100", port="4000"))
+    docker("GetCapabilities")  # it leads again, and has not been asked for either
+    if freed:
+        docker("FreeNetwork", of(ONE))
+    docker("AllocateNetwork", allocate(THREE, vni="102", port="4001"))
+    assert docker("AllocateNetwork", allocate("network00001"))["Options"]["port"] == "4002"
+    assert TWO in driver.allocations
+
+
 def test_what_was_freed_elsewhere_can_be_another_networks_by_now(manager: Manager) -> None:
     driver = Overlay()
     docker = manager(driver)
@@ -390,9 +428,11 @@ class Timers:
     """Those of `swarm`, which end when the test says so."""
 
     def __init__(self) -> None:
+        self.seconds: list[float] = []
         self._waiting: list[Callable[[], None]] = []
 
-    def make(self, _: float, function: Callable[[], None]) -> SimpleNamespace:
+    def make(self, seconds: float, function: Callable[[], None]) -> SimpleNamespace:
+        self.seconds.append(seconds)
         start = partial(self._waiting.append, function)
         return SimpleNamespace(start=start, cancel=partial(self._cancel, function))
 
@@ -412,6 +452,24 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> Timers:
     made = Timers()
     monkeypatch.setattr(swarm, "threading", SimpleNamespace(Lock=threading.Lock, Timer=made.make))
     monkeypatch.setattr(swarm, "_LOST", 0.0)
+    return made
+
+
+class Clock:
+    """Passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """That of `swarm`."""
+    made = Clock()
+    monkeypatch.setattr(swarm, "time", made)
     return made
 
 
@@ -546,20 +604,18 @@ def test_who_is_told_anew_after_the_engine_restarted_is_counted_once(manager: Ma
 
 
 def test_a_node_that_joins_another_swarm_forgets_those_of_the_last_one(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch, timers: Timers
+    manager: Manager, clock: Clock, timers: Timers
 ) -> None:
-    now = 1000.0
-    monkeypatch.setattr(swarm, "time", SimpleNamespace(monotonic=lambda: now))
     driver = Meshed()
     docker = manager(driver)
     this = node("10.0.0.1", this=True)
     docker("DiscoverNew", this)
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverNew", node("10.0.0.3"))
-    now += 10
+    clock.now += 10
     docker("DiscoverNew", this)  # a repetition
     assert peers(driver) == ["10.0.0.2", "10.0.0.3"]
-    now += 1000
+    clock.now += 1000
     docker("DiscoverNew", node("10.0.0.3"))  # of the new swarm: the gossip may be faster than the engine
     docker("DiscoverNew", node("10.0.0.4"))
     docker("DiscoverNew", this)
@@ -581,6 +637,34 @@ def test_a_network_that_cannot_be_told_is_brought_in_line(manager: Manager, capl
     assert "no such device" in caplog.text
     wait_for(lambda: len(driver.seen) == 4, "create_network of both")
     assert driver.seen[2:] == [["10.0.0.2"], ["10.0.0.2"]]
+
+
+def test_a_driver_that_wants_to_hear_of_those_that_join_only(manager: Manager, timers: Timers) -> None:
+    class Joining(Recorder):
+        def peer_joined(self, network: Network[Options], peer: Node) -> None:
+            self.called(f"peer_joined {peer.address}")
+
+    driver = Joining()
+    docker = manager(driver)
+    docker("CreateNetwork", create_network())
+    driver.since()
+    docker("DiscoverNew", node("10.0.0.2"))
+    assert driver.since() == ["peer_joined 10.0.0.2"]
+    docker("DiscoverDelete", node("10.0.0.2"))
+    timers.end()
+    assert (driver.since(), peers(driver)) == ([], [])
+
+
+def test_a_network_that_is_half_deleted_is_told_of_nobody(manager: Manager) -> None:
+    driver = Meshed()
+    docker = manager(driver)
+    docker("CreateNetwork", create_network())
+    driver.fails = {"delete_network": Unavailable("busy")}
+    docker.refused("DeleteNetwork", {"NetworkID": NETWORK})
+    driver.since()
+    docker("DiscoverNew", node("10.0.0.2"))
+    assert driver.since() == []
+    assert peers(driver) == ["10.0.0.2"]
 
 
 @pytest.mark.parametrize(("method", "event", "left"), [("New", "joined", ["10.0.0.2"]), ("Delete", "left", [])])
@@ -626,6 +710,28 @@ def test_a_lost_node_that_is_back_is_told_of_again(manager: Manager, timers: Tim
     assert peers(driver) == []
 
 
+def test_a_lost_node_leaves_when_it_has_been_lost_for_two_minutes(
+    manager: Manager, clock: Clock, monkeypatch: pytest.MonkeyPatch, timers: Timers
+) -> None:
+    monkeypatch.setattr(swarm, "_LOST", 120.0)
+    driver = Meshed()
+    docker = manager(driver)
+    for address in ("10.0.0.2", "10.0.0.3"):
+        docker("DiscoverNew", node(address))
+        docker("DiscoverDelete", node(address))
+        clock.now += 50
+    clock.now = 1119.0
+    timers.end()
+    assert peers(driver) == ["10.0.0.2", "10.0.0.3"]
+    clock.now = 1120.0
+    timers.end()
+    assert peers(driver) == ["10.0.0.3"]
+    clock.now = 1170.0
+    timers.end()
+    assert peers(driver) == []
+    assert timers.seconds == [120.0, 1.0, 50.0], "one at a time, for who is next"
+
+
 def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the timers of the library: one at a time."""
     monkeypatch.setattr(swarm, "threading", threading)
@@ -636,7 +742,9 @@ def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: 
         docker("DiscoverNew", node(f"10.0.0.{number}"))
         docker("DiscoverDelete", node(f"10.0.0.{number}"))
         threading.Event().wait(0.01)
-    assert sum(isinstance(thread, threading.Timer) for thread in threading.enumerate()) <= 2, "one ends, another begins"
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert len(timers) <= 2, "one ends, another begins"
+    assert all(timer.daemon for timer in timers), "a process that ends does not wait for who may have left"
     wait_for(lambda: not driver.peers, "the end of them")
     monkeypatch.setattr(swarm, "_LOST", 1.0)
     docker("DiscoverNew", node("10.0.0.2"))
@@ -647,18 +755,22 @@ def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: 
 
 
 def test_a_node_that_cannot_be_forgotten(
-    manager: Manager, timers: Timers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    manager: Manager, clock: Clock, timers: Timers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(swarm, "_LOST", 120.0)
     driver = Meshed()
     docker = manager(driver)
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverDelete", node("10.0.0.2"))
+    clock.now += 120
     with monkeypatch.context() as patch:
         patch.setattr(Store, "forget_node", lambda *_: 1 / 0)
         timers.end()
     assert "cannot be forgotten" in caplog.text
+    clock.now += 120
     timers.end()
     assert peers(driver) == []
+    assert timers.seconds == [120.0, 120.0], "it is not tried again at once"
 
 
 def test_a_network_that_is_being_made_is_told_afterwards(manager: Manager) -> None:

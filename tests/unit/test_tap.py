@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -24,7 +23,9 @@ from netplugin_sdk.testing import tap as tap_module
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark
 from netplugin_sdk.testing.tap import Tap, mend
 
-from .serving import METHOD, NETWORK, TIMEOUT, connect_unix, echo, nothing_left, process, serving_unix, wait_for
+from ..patience import PATIENCE
+from ..volume import volume
+from .serving import METHOD, NETWORK, connect_unix, echo, nothing_left, process, serving_unix, wait_for
 
 NETPLUGIN = str(Path(sys.executable).with_name("netplugin"))
 
@@ -58,7 +59,7 @@ class Watched:
 
     def close(self) -> None:
         self.tap.stop()
-        self._thread.join(TIMEOUT)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         self.tap.close()
 
@@ -83,7 +84,7 @@ class Raw:
     def __init__(self, path: Path, backlog: int = 100) -> None:
         self.path = path
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.settimeout(TIMEOUT)
+        self.listener.settimeout(PATIENCE)
         self.listener.bind(str(path))
         self.listener.listen(backlog)
 
@@ -96,7 +97,7 @@ class Raw:
                 if not accepted.recv(1, socket.MSG_PEEK):
                     accepted.close()  # the look whether somebody listens
                     continue
-            accepted.settimeout(TIMEOUT)
+            accepted.settimeout(PATIENCE)
             return accepted
 
     def close(self) -> None:
@@ -270,35 +271,6 @@ def test_a_path_as_long_as_it_may_be(tmp_path: Path) -> None:
         assert served.connect().echo(a="1") == {"a": "1"}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_the_plugin_sees_who_calls() -> None:
-    """A stranger who may write to the socket by its mode is refused by the plugin, and is no friend through the tap."""
-    script = """if True:
-        import os, socket, sys
-        os.setgroups([]); os.setgid(12345); os.setuid(12345)
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(sys.argv[1])
-        client.sendall(sys.stdin.buffer.read())
-        print(client.recv(100))
-    """
-    with TemporaryDirectory() as folder, serving_unix(Path(folder)) as served:  # pytest's folders are root's alone
-        Path(folder).chmod(0o755)
-        served.path.chmod(0o666)
-
-        def ask() -> bytes:
-            done = subprocess.run(
-                [sys.executable, "-c", script, str(served.path)], input=echo(a="1"), capture_output=True, check=False
-            )
-            return (done.stdout or done.stderr).strip()
-
-        refused = (b"b''", b"reset by peer", b"Broken pipe")
-        assert ask().endswith(refused)
-        with watched(served.path) as tap:
-            assert ask().endswith(refused)
-            assert served.connect().echo(a="1") == {"a": "1"}
-        assert [call.status for call in tap.calls if call.status] == [200]
-
-
 def test_only_one_at_a_time(raw: Raw) -> None:
     with watched(raw.path):
         with pytest.raises(Conflict, match=r"raw\.sock is traced already"):
@@ -364,7 +336,7 @@ class Callers:
         self.done = 0
         self.failed: list[str] = []
         self._over = threading.Event()
-        self._plugin = RemotePlugin(Address("x", f"unix://{path}"), timeout=TIMEOUT, patience=Patience(total=0))
+        self._plugin = RemotePlugin(Address("x", f"unix://{path}"), timeout=PATIENCE, patience=Patience(total=0))
         self._threads = [threading.Thread(target=self._call) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -382,19 +354,19 @@ class Callers:
     def close(self) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(TIMEOUT)
+            thread.join(PATIENCE)
         self._plugin.close()
 
 
 def test_no_call_fails_however_often_it_begins_and_ends(tmp_path: Path) -> None:
     """Eight callers share two kept connections and make many short ones, as an engine does."""
     with serving_unix(tmp_path) as served, closing(Callers(served.path, 8)) as callers:
-        for number in range(12):
+        for number in range(volume(5, 12)):
             with watched(served.path) as tap:
                 if number % 4 == 0:
                     wait_for(lambda: len(tap.calls) > 50, "calls through the tap")
             assert all(call.status == 200 for call in tap.calls)
-        wait_for(lambda: callers.done > 1000, "1000 calls")
+        wait_for(lambda: callers.done > volume(300, 1000), "further calls")
     assert callers.failed == []
 
 

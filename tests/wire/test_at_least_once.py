@@ -38,7 +38,9 @@ from netplugin_sdk.calls import Call
 from netplugin_sdk.plugin import Answer
 from netplugin_sdk.server import Server
 
-from ..unit.serving import TIMEOUT, Client, Reply, connect_unix, nothing_left, post
+from ..patience import PATIENCE
+from ..unit.serving import Client, Reply, connect_unix, nothing_left, post
+from ..volume import FULL
 from .test_replay import REQUESTS, RESTARTS, Checking, Notes, Options, RecordedAddresses, lines
 
 ASKING = {"NetworkDriver.EndpointOperInfo", "NetworkDriver.GwAllocCheck"}
@@ -144,7 +146,7 @@ class Stage(ABC):
 
     def close(self) -> None:
         self._server.stop()
-        self._thread.join(TIMEOUT)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         self._server.__exit__()
         self.plugin.close()
@@ -155,13 +157,14 @@ class Stage(ABC):
     def wait(self, answers: int) -> None:
         """Until it has answered so many requests more."""
         for _ in range(answers):
-            assert self.plugin.answered.acquire(timeout=TIMEOUT), "a request was never answered"
+            assert self.plugin.answered.acquire(timeout=PATIENCE), "a request was never answered"
 
     def rows(self) -> list[tuple[Any, ...]]:
         """What is on disk, without keys; read from a copy, since the plugin holds the file."""
         copy = self.folder.with_name("copy")
         shutil.copytree(self.folder, copy)
         db = sqlite3.connect(copy / "state.db")
+        db.execute("PRAGMA synchronous = OFF")  # closing it takes the log into the file
         found = [row for select in SELECTS for row in db.execute(select)]
         db.close()
         shutil.rmtree(copy)
@@ -312,7 +315,17 @@ def played(recording: str, folder: Path, deliver: Delivery) -> list[Step]:
     return steps
 
 
-@pytest.fixture(scope="module", params=REQUESTS)
+NEWEST = "engine-28.5"
+CASES = [
+    (recording, delivery)
+    for recording in REQUESTS
+    for delivery in DELIVERIES
+    # An older engine asks for much the same: of that, by default, only the delivery that does the most.
+    if FULL or recording.startswith(NEWEST) or "starts again" in delivery
+]
+
+
+@pytest.fixture(scope="module")
 def recording(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -324,7 +337,7 @@ def plain(recording: str, tmp_path_factory: pytest.TempPathFactory) -> list[Step
     return played(recording, tmp_path_factory.mktemp("plain") / recording, directly)
 
 
-@pytest.mark.parametrize("delivery", DELIVERIES)
+@pytest.mark.parametrize(("recording", "delivery"), CASES, indirect=["recording"])
 def test_a_conversation_that_is_repeated(recording: str, delivery: str, plain: list[Step], tmp_path: Path) -> None:
     copies, deliver = DELIVERIES[delivery]
     with nothing_left():

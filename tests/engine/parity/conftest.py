@@ -9,6 +9,7 @@ import pytest
 
 from netplugin_sdk.testing.engine import VERSIONS, PrivateEngine
 
+from ...volume import FULL
 from .lab import ROWS, Agent, Both, Outcome
 
 TABLE = Path(__file__).parents[3] / "docs" / "parity.md"
@@ -24,11 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES] = []
 
 
-@pytest.fixture(scope="package")  # its plugin has a name and a socket that others' tests use too
+@pytest.fixture(scope="module")  # its plugin has a name and a socket that others' tests use too
 def both_drivers(engine: PrivateEngine, request: pytest.FixtureRequest) -> Iterator[Both]:
     agent = Agent(engine)
-    oracle = request.config.getoption("--oracle", default=False)
-    drivers = ("bridge",) if oracle else ("bridge", "myplugin")
+    option = request.config.getoption
+    beside = FULL or option("--parity-table", default=False)
+    drivers = ("bridge",) if option("--oracle", default=False) else ("bridge", "myplugin") if beside else ("myplugin",)
     both = Both(engine, agent, request.config.stash[OUTCOMES], drivers)
     yield both
     both.close()

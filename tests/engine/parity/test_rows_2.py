@@ -12,6 +12,8 @@ from functools import partial
 
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, OUTSIDE_ADDRESS, EngineError, PrivateEngine, wait_until
 
+from ...patience import PATIENCE
+from ..conftest import state_of_host
 from .lab import (
     ENGINE_ADDRESS_6,
     HOST,
@@ -24,7 +26,6 @@ from .lab import (
     Target,
     ping,
     row,
-    state_of_host,
     tcp,
 )
 
@@ -865,7 +866,7 @@ def test_p23_restart_always(lab: Lab) -> Facts:
         pid = lab.inspect("one")["State"]["Pid"]
         lab.host("kill", "-9", str(pid))
         with contextlib.suppress(TimeoutError):
-            wait_until(partial(runs_as_another, lab, "one", pid), 20)
+            wait_until(partial(runs_as_another, lab, "one", pid), PATIENCE)
         back.append(eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8080)))
     facts: Facts = {"comes back": back, "devices": len(lab.ports_of())}
     lab.docker("rm", "--force", "one")
@@ -910,7 +911,7 @@ def project_of_three(own: Lab) -> None:
 def works(own: Lab) -> list[object]:
     """Who answers at the published port (IPv4, IPv6) and at the container's address; whether the client gets out."""
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: running(own, "web") and running(own, "client"), 30, every=0.1)
+        wait_until(lambda: running(own, "web") and running(own, "client"), PATIENCE, every=0.1)
     return [
         eventually(own, OUTSIDE, tcp(ENGINE_ADDRESS, 8080)),
         eventually(own, OUTSIDE, tcp(ENGINE_ADDRESS_6, 8080)),
@@ -1061,9 +1062,10 @@ def test_p25_plugin(lab: Lab) -> Facts:
     lab.network(name="other")
     lab.run("other", "-p", "8083:80", network="other", command=answers("other"))
     facts["new network"] = eventually(lab, OUTSIDE, tcp(ENGINE_ADDRESS, 8083))
+    process = f"/proc/{lab.inspect('other')['State']['Pid']}"
     kill_plugin(lab)
     removal = later(lambda: lab.docker("rm", "--force", "other"))
-    time.sleep(0.3)
+    wait_until(lambda: lab.try_host("test", "-e", process).returncode != 0, PATIENCE)
     lab.start_plugin()
     removal.join()
     lab.docker("network", "rm", "other")
@@ -1176,7 +1178,7 @@ def test_p25_reboot(lab: Lab) -> Facts:
         reboot(own, power_cut=False)
         facts["after reboot"] = works(own)
         facts["bridge"] = own.addresses(own.bridge())
-        wait_until(lambda: running(own, "apart"), 20)
+        wait_until(lambda: running(own, "apart"), PATIENCE)
         facts["mtu"] = own.link(own.bridge("small"))["mtu"]
         own.run("once", "-p", "8081:80", command=answers("once"))
         facts["once is started"] = eventually(own, OUTSIDE, tcp(ENGINE_ADDRESS, 8081))
