@@ -225,8 +225,15 @@ def test_dual_stack(engine: PrivateEngine, driver: str) -> None:
     engine.docker("exec", "--detach", "one", "nc", "-ll", "-p", "80", "-e", "echo", "hello")
     wait_until(lambda: ":80 " in engine.docker("exec", "one", "netstat", "-ltn"), PATIENCE)
     # Again, since on a busy machine the kernel may open a bridge's port later than neighbours are asked for.
-    ask = ("exec", "two", "timeout", "3", "nc", "fd00:77::77", "80")
-    wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", PATIENCE)
+    ask = ("exec", "two", "timeout", "20", "nc", "fd00:77::77", "80")
+    try:
+        wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", PATIENCE)
+    except TimeoutError:
+        looks: list[tuple[str, ...]] = [
+            ("exec", box, "ip", *what) for box in ("one", "two") for what in (("-6", "addr"), ("-6", "neigh"))
+        ]
+        looks += [("exec", "one", "netstat", "-ltn"), ("exec", "one", "ps"), ask]
+        raise AssertionError([(look, engine.run_docker(*look)) for look in looks]) from None
     before = rows(engine)
     assert len(before) == 2 + 6
     assert TAKEN in no_run(engine, "--ip6", "fd00:77::2")

@@ -107,7 +107,7 @@ class Managed:
         Reached(self.engine, BOXES).soon()
         for family, port in ((ENGINE_ADDRESS, 8080), ("2001:db8:51::1", 8081)):
             said = self.engine.run_outside(
-                ["timeout", "3", "bash", "-c", f"exec 3<>/dev/tcp/{family}/{port} && cat <&3"]
+                ["timeout", "20", "bash", "-c", f"exec 3<>/dev/tcp/{family}/{port} && cat <&3"]
             )
             assert said.stdout == ("web" if port == 8080 else "six")
         agree(self.engine, 4 * MISSING, driver=DRIVER, state=self.state / "myplugin")

@@ -92,7 +92,7 @@ def test_what_leaves_has_the_hosts_address(engine: PrivateEngine) -> None:
 @pytest.mark.usefixtures("outside")
 def test_without_masquerading_it_has_its_own(engine: PrivateEngine) -> None:
     create(engine, "--subnet", "10.77.0.0/24", "-o", "com.docker.network.bridge.enable_ip_masquerade=false")
-    ask = ("run", "--rm", "--ip", "10.77.0.7", "--network", "mynet", "busybox", "timeout", "3", "nc", OUTSIDE_ADDRESS)
+    ask = ("run", "--rm", "--ip", "10.77.0.7", "--network", "mynet", "busybox", "timeout", "20", "nc", OUTSIDE_ADDRESS)
     engine.run_outside(["ip", "route", "add", "10.77.0.0/24", "via", ENGINE_ADDRESS])
     try:
         assert engine.docker(*ask, "4000") == "10.77.0.7"
@@ -127,9 +127,11 @@ def test_ipv6(engine: PrivateEngine) -> None:
     six = engine.docker("inspect", "-f", "{{.NetworkSettings.Networks.mynet.GlobalIPv6Address}}", "two")
     assert six.startswith("fd00:77::")
     # busybox has no ping for IPv6 here: a connection does as well
-    engine.docker("exec", "--detach", "two", "nc", "-l", "-p", "80", "-e", "echo", "hello")
+    engine.docker("exec", "--detach", "two", "nc", "-ll", "-p", "80", "-e", "echo", "hello")
     wait_until(lambda: ":80 " in engine.docker("exec", "two", "netstat", "-ltn"), PATIENCE)
-    assert engine.docker("exec", "one", "timeout", "3", "nc", six, "80") == "hello"
+    # Again, since on a busy machine the kernel may open a bridge's port later than neighbours are asked for.
+    ask = ("exec", "one", "timeout", "20", "nc", six, "80")
+    wait_until(lambda: engine.run_docker(*ask).stdout == "hello\n", PATIENCE)
 
 
 def test_connect_and_disconnect_a_running_container(engine: PrivateEngine) -> None:

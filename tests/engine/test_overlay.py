@@ -216,7 +216,7 @@ def test_what_is_reached_and_what_is_not(cluster: Cluster) -> None:
                     request = (
                         f"exec 3<>/dev/tcp/{published.address}/8080; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
                     )
-                    answers_soon(host.engine, ["timeout", "3", "bash", "-c", request], "200 OK")
+                    answers_soon(host.engine, ["timeout", "20", "bash", "-c", request], "200 OK")
         one.remove("published", boxes=(here, there))
         other.remove(boxes=(stranger, enclosed))
 
