@@ -53,7 +53,8 @@ SLEEP = """sleep() {
     [ $waited -gt 0 ] || command sleep $(($1 * 2))
 }"""
 # bash says so in a script; to a terminal it says `[1]+ Killed`.
-KILLED = re.compile(r"^\S+: line \d+: +\d+ (Killed|Terminated) .*\n", re.MULTILINE)
+# It comes at any moment, also behind the mark between two commands.
+KILLED = re.compile(r"(?:^|(?<=\036))\S+: line \d+: +\d+ (Killed|Terminated) .*\n", re.MULTILINE)
 
 
 @dataclass(eq=False)
