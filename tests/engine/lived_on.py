@@ -261,7 +261,7 @@ class LivedOnHost:
         return self.engine.spawn(name, ["setsid", *self._environment(), *command])
 
     def snapshot(self) -> Snapshot:
-        """What is there now, but the machine's mounts. Nor cgroups of other labs: they have no namespace."""
+        """What is there now, but the machine's mounts. Nor cgroups of others, which have no namespace."""
         anchor = (self.engine.run_folder / "engine.pid").read_text().strip()
         nft = f"nsenter --target={anchor} --mount nft"  # an older nft ends at a newer one's tables
         folders = (*snapshot.FOLDERS, str(debian.cache() / "labs"))
@@ -278,9 +278,11 @@ class LivedOnHost:
         return taken
 
     def _others(self) -> set[str]:
-        """Labs beside it, and those of other hosts that have been lived on."""
+        """Labs beside it, those of other hosts that have been lived on, and whatever made this process a group."""
         labs = {lab for lab in self.engine.folder.parent.iterdir() if lab != self.engine.folder}
-        return {lab.name for lab in labs | {inner for lab in labs for inner in lab.glob("labs/*")}}
+        own = {line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
+        manager = {Path(group).parts[1] for group in own if group != "/"}
+        return manager | {lab.name for lab in labs | {inner for lab in labs for inner in lab.glob("labs/*")}}
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
