@@ -41,7 +41,7 @@ from _figures import Report, print_section, turns
 from _traffic import PROCESSORS, round_trip, serving, throughput
 
 from netplugin_sdk import DriverError
-from netplugin_sdk.docker import Docker
+from netplugin_sdk.core.engine_api import Docker
 from netplugin_sdk.linux.namespaces import Namespace
 from netplugin_sdk.testing.cluster import Cluster, Host
 from netplugin_sdk.testing.engine import VERSIONS, EngineError, EngineUnavailable, require, wait_until

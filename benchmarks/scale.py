@@ -36,13 +36,13 @@ from typing import Any
 
 from _chart import Box, Drawing, Group
 
-from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.cnm import NetworkController, RemotePlugin, Subnet
 from netplugin_sdk.cnm.controller import Network
 from netplugin_sdk.cnm.remote import Address
 from netplugin_sdk.linux import links, namespaces
 from netplugin_sdk.linux.announce import frame
 from netplugin_sdk.testing.engine import listens, wait_until
+from netplugin_sdk.values import MacAddress
 
 # memberlist's DefaultLANConfig, which moby's networkdb uses (daemon/libnetwork/networkdb/cluster.go).
 GOSSIP_INTERVAL, GOSSIP_NODES, RETRANSMIT = 0.2, 3, 4
@@ -62,7 +62,8 @@ NO_IPV6 = "echo 1 | tee /proc/sys/net/ipv6/conf/*/disable_ipv6 >/dev/null"
 SERVE = """
 import sys
 from netplugin_overlay.driver import OverlayDriver
-from netplugin_sdk import serve, swarm
+from netplugin_sdk import serve
+from netplugin_sdk.core import swarm
 swarm._LOST = 0.0  # a node that the gossip loses leaves at once, not after two minutes
 serve(OverlayDriver(), name="plugin", socket_path=sys.argv[1], state=sys.argv[2], docker=None, log_level="WARNING")
 """

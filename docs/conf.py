@@ -54,7 +54,7 @@ napoleon_numpy_docstring = False
 
 _NAME = re.compile(r"([a-z_]+\.)*[A-Z]\w*[a-z]\w*(\.\w+)?|(links|firewall|ports|sysctls|conformance)\.[a-z_]+")
 nitpick_ignore = [  # in signatures, and not for authors
-    ("py:class", "netplugin_sdk.calls.Call"),
+    ("py:class", "netplugin_sdk.core.calls.Call"),
     ("py:class", "netplugin_sdk.cnm.registry.Driver"),
     ("py:class", "netplugin_sdk.testing.conformance.session.Exchange"),
     ("py:class", "netplugin_sdk.testing.recording.Exchange"),

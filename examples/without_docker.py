@@ -15,10 +15,10 @@ from pathlib import Path
 
 from demo import BOLD, RESET, say
 
-from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.cnm import NetworkController, Subnet
-from netplugin_sdk.messages import PortMapping
+from netplugin_sdk.protocol.messages import PortMapping
 from netplugin_sdk.testing.engine import listens, wait_until
+from netplugin_sdk.values import TransportProtocol
 
 SOCKET = Path("/run/docker/plugins/myplugin.sock")
 

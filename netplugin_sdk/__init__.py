@@ -3,8 +3,7 @@
 The helpers that touch the kernel are in `netplugin_sdk.linux` and are not imported here.
 """
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
-from netplugin_sdk.docker import Container
+from netplugin_sdk.core.plugin import Plugin
 from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import (
     Conflict,
@@ -15,7 +14,8 @@ from netplugin_sdk.errors import (
     Unavailable,
     Unsupported,
 )
-from netplugin_sdk.messages import (
+from netplugin_sdk.network import Endpoint, Network, Sandbox
+from netplugin_sdk.protocol.messages import (
     AddressRef,
     AddressRequest,
     AllocateNetwork,
@@ -33,10 +33,9 @@ from netplugin_sdk.messages import (
     SkipGateway,
     StaticRoute,
 )
-from netplugin_sdk.options import DriverOptions
-from netplugin_sdk.plugin import Plugin
-from netplugin_sdk.server import Server, TLSFiles, run, serve
-from netplugin_sdk.state import Endpoint, Network, Sandbox
+from netplugin_sdk.protocol.options import DriverOptions
+from netplugin_sdk.serving.server import Server, TLSFiles, run, serve
+from netplugin_sdk.values import Container, IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
 
 __all__ = [
     "AddressRef",

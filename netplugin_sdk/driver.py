@@ -9,9 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol
 
-from netplugin_sdk.addresses import IPAddress, IPInterface
-from netplugin_sdk.docker import Container, UsedPool
-from netplugin_sdk.messages import (
+from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
+from netplugin_sdk.protocol.messages import (
     AddressRef,
     AddressRequest,
     AllocateNetwork,
@@ -25,8 +24,8 @@ from netplugin_sdk.messages import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.options import DriverOptions
-from netplugin_sdk.state import Endpoint, Network, OptionsT, Sandbox
+from netplugin_sdk.protocol.options import DriverOptions
+from netplugin_sdk.values import Container, IPAddress, IPInterface, UsedPool
 
 
 class Rest(Protocol):

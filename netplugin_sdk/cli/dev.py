@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from netplugin_sdk.cli.serve import ENVIRONMENT, Settings, plugin_options
-from netplugin_sdk.server import Limits, tcp_socket, unix_socket
+from netplugin_sdk.serving.server import Limits, tcp_socket, unix_socket
 
 _LOOK = 0.2  # seconds from one look at the files to the next
 _PATIENCE = Limits().drain_time + 5  # seconds for the old process to end

@@ -26,11 +26,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from netplugin_sdk.cli.common import json_option
 from netplugin_sdk.cnm import remote
-from netplugin_sdk.docker import SOCKET, Docker, DockerError
+from netplugin_sdk.core.engine_api import SOCKET, Docker, DockerError
 from netplugin_sdk.errors import DriverError, NotFound, Unavailable
 from netplugin_sdk.inspection import remembered
 from netplugin_sdk.linux import firewall, namespaces, sysctls
-from netplugin_sdk.server import PLUGIN_FOLDER, STATE_FOLDER
+from netplugin_sdk.serving.server import PLUGIN_FOLDER, STATE_FOLDER
 from netplugin_sdk.testing.forwarder import Place
 
 _DAEMON_FILE = Path("/etc/docker/daemon.json")

@@ -16,9 +16,9 @@ import click
 
 import netplugin_sdk
 from netplugin_sdk import IpamDriver, NetworkDriver, TLSFiles
-from netplugin_sdk.docker import SOCKET
+from netplugin_sdk.core.engine_api import SOCKET
 from netplugin_sdk.errors import DriverError
-from netplugin_sdk.server import PLUGIN_FOLDER, check_name
+from netplugin_sdk.serving.server import PLUGIN_FOLDER, check_name
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -27,21 +27,21 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
-from netplugin_sdk import messages
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.cnm import remote
 from netplugin_sdk.cnm.drivers import BUILT_IN, installed
 from netplugin_sdk.cnm.registry import Driver, InProcess, Known, Registry
 from netplugin_sdk.cnm.remote import MethodNotSupported, RemotePlugin
+from netplugin_sdk.core.plugin import Plugin
 from netplugin_sdk.database import Database, Folder
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.namespaces import DEFAULT, Namespace, Route
-from netplugin_sdk.messages import Port, PortMapping
-from netplugin_sdk.options import from_text
-from netplugin_sdk.plugin import Plugin
+from netplugin_sdk.protocol import messages
+from netplugin_sdk.protocol.messages import Port, PortMapping
+from netplugin_sdk.protocol.options import from_text
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork, MacAddress
 
 _log = logging.getLogger("netplugin_sdk")
 

@@ -18,9 +18,9 @@ from netplugin_sdk.ipam import NumberPool
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.linux.firewall import Policy
 from netplugin_sdk.linux.namespaces import DEFAULT
-from netplugin_sdk.messages import EndpointInterface, Join, StaticRoute
-from netplugin_sdk.options import DriverOptions
-from netplugin_sdk.state import Endpoint, Network, OptionsT, Sandbox
+from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
+from netplugin_sdk.protocol.messages import EndpointInterface, Join, StaticRoute
+from netplugin_sdk.protocol.options import DriverOptions
 
 GROUP = "netplugin_sdk.drivers"
 """The entry points of drivers."""

@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from netplugin_sdk import messages
 from netplugin_sdk.cnm.remote import MethodNotSupported, RemoteError
+from netplugin_sdk.core.plugin import Plugin
 from netplugin_sdk.errors import InvalidRequest
-from netplugin_sdk.plugin import Plugin
+from netplugin_sdk.protocol import messages
 
 Kind: TypeAlias = Literal["NetworkDriver", "IpamDriver"]
 

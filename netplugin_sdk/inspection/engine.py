@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core.engine_api import Docker, DockerError
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork
 
 _PATIENCE = 15.0  # seconds that an answer may take
 

@@ -14,10 +14,10 @@ import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, TransportProtocol
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import firewall
 from netplugin_sdk.linux.namespaces import Namespace
+from netplugin_sdk.values import IPAddress, IPInterface, TransportProtocol
 
 _IFF_UP = 0x1  # linux/if.h
 _TCP_LISTEN, _UDP_UNCONNECTED = "0A", "07"  # net/tcp_states.h

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from netplugin_sdk.core.store import Store
 from netplugin_sdk.errors import DriverError, NotFound, Unavailable
-from netplugin_sdk.options import DriverOptions
-from netplugin_sdk.state import Network, Store
+from netplugin_sdk.network import Network
+from netplugin_sdk.protocol.options import DriverOptions
 
 _TRIES = 50
 _WAL_HEADER = 32  # bytes: https://www.sqlite.org/fileformat2.html#the_write_ahead_log

@@ -4,6 +4,7 @@ A driver can take its own numbers from a `NumberPool`: VNIs, VLAN ids, ports.
 """
 
 from netplugin_sdk.ipam.driver import Lease, PoolIpamDriver, PoolOptions
+from netplugin_sdk.ipam.number_pool import NumberPool, Numbers, Strategy
 from netplugin_sdk.ipam.pools import (
     GLOBAL_DEFAULTS,
     LOCAL_DEFAULTS,
@@ -12,7 +13,6 @@ from netplugin_sdk.ipam.pools import (
     DefaultPool,
     unique_local,
 )
-from netplugin_sdk.numbers import NumberPool, Numbers, Strategy
 
 __all__ = [
     "GLOBAL_DEFAULTS",

@@ -15,11 +15,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
 from netplugin_sdk.database import Database
-from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import InvalidRequest, NotFound
+from netplugin_sdk.ipam.number_pool import Strategy
 from netplugin_sdk.ipam.pools import (
     GLOBAL_DEFAULTS,
     LOCAL_DEFAULTS,
@@ -28,9 +27,9 @@ from netplugin_sdk.ipam.pools import (
     DefaultPool,
     unique_local,
 )
-from netplugin_sdk.messages import ENDPOINT_NAME, AddressRef, AddressRequest, Pool, PoolRequest
-from netplugin_sdk.numbers import Strategy
-from netplugin_sdk.options import DriverOptions
+from netplugin_sdk.protocol.messages import ENDPOINT_NAME, AddressRef, AddressRequest, Pool, PoolRequest
+from netplugin_sdk.protocol.options import DriverOptions
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork, UsedPool
 
 _log = logging.getLogger("netplugin_sdk")
 

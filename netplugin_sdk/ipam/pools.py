@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface, IPv6Network, ip_network
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from netplugin_sdk.numbers import NumberPool, Strategy
+from netplugin_sdk.ipam.number_pool import NumberPool, Strategy
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork
 
 
 class AddressPool:

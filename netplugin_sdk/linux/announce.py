@@ -14,9 +14,9 @@ import struct
 from collections.abc import Mapping
 from ipaddress import IPv6Address
 
-from netplugin_sdk.addresses import IPAddress, MacAddress
 from netplugin_sdk.errors import NotFound
 from netplugin_sdk.linux.links import LinkError
+from netplugin_sdk.values import IPAddress, MacAddress
 
 _BROADCAST = b"\xff" * 6
 _ALL_NODES = IPv6Address("ff02::1")

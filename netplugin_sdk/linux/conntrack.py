@@ -9,8 +9,8 @@ from pyroute2 import NFCTSocket
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink.nfctsocket import IPS_DST_NAT, NFCTAttrTuple
 
-from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.errors import DriverError
+from netplugin_sdk.values import IPAddress
 
 
 class ConntrackError(DriverError):

@@ -30,9 +30,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.linux.watch import Made, Watch
+from netplugin_sdk.values import IPAddress
 
 P = ParamSpec("P")
 T = TypeVar("T")

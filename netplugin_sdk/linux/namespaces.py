@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress
 from netplugin_sdk.errors import Conflict, DriverError
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.announce import announce
 from netplugin_sdk.linux.links import LinkError
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork, MacAddress
 
 T = TypeVar("T")
 

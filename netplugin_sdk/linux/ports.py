@@ -30,8 +30,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Protocol
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, TransportProtocol
 from netplugin_sdk.errors import Conflict, DriverError, Unavailable
+from netplugin_sdk.values import IPAddress, IPInterface, TransportProtocol
 
 _log = logging.getLogger("netplugin_sdk")
 

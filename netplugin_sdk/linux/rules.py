@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from netplugin_sdk.addresses import IPAddress, IPNetwork, TransportProtocol
 from netplugin_sdk.errors import DriverError, InvalidRequest
 from netplugin_sdk.linux.ports import Published
+from netplugin_sdk.values import IPAddress, IPNetwork, TransportProtocol
 
 GROUP = 0x6E70
 """Group of interfaces (``ip link set group``) that a bridge is put into to be known as a network's."""

@@ -19,10 +19,10 @@ import re
 from collections import deque
 from collections.abc import Mapping
 
-from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.programs import run
+from netplugin_sdk.values import MacAddress
 
 _log = logging.getLogger("netplugin_sdk")
 

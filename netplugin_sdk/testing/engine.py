@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from netplugin_sdk.docker import Docker
+from netplugin_sdk.core.engine_api import Docker
 from netplugin_sdk.testing import debian
 
 VERSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {

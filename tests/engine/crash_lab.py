@@ -33,7 +33,7 @@ MISSING = 2.0
 def impatient(missing: float) -> tuple[str, ...]:
     """The program that serves myplugin's driver, and removes what Docker does not know for so many seconds."""
     settings = f"r._MISSING = {missing}; r._TOLD = r._EVERY = {missing / 2}"
-    script = f"import netplugin_sdk.reconcile as r; {settings}; from myplugin.__main__ import main; main()"
+    script = f"import netplugin_sdk.core.recovery as r; {settings}; from myplugin.__main__ import main; main()"
     return (sys.executable, "-c", script)
 
 

@@ -17,8 +17,8 @@ from myplugin.driver import BridgeDriver
 from myplugin.options import Options
 
 from netplugin_sdk import Container, Endpoint, EndpointInterface, Join, Network, Sandbox, serve
-from netplugin_sdk.lifecycle import NetworkLifecycle
-from netplugin_sdk.server import Limits
+from netplugin_sdk.core.lifecycle import NetworkLifecycle
+from netplugin_sdk.serving.server import Limits
 
 CALL_TIME = 1.0
 """Of `Slow`."""

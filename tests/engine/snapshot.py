@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from netplugin_sdk.docker import SOCKET, Docker
+from netplugin_sdk.core.engine_api import SOCKET, Docker
 from netplugin_sdk.linux import namespaces
 
 Snapshot = dict[str, list[str]]

@@ -23,7 +23,7 @@ from threading import Event, Thread
 
 import pytest
 
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core.engine_api import Docker, DockerError
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
 from ..patience import PATIENCE
@@ -36,7 +36,7 @@ FIRST = {"20.10": 1, "26.1": min(10, EVERY), "28.5": min(19, EVERY)}
 KILL_AT = Path(__file__).parents[1] / "faults" / "kill_at.py"
 PROGRAM = """
 from myplugin.__main__ import main
-from netplugin_sdk import reconcile
+from netplugin_sdk.core import recovery as reconcile
 reconcile._TOLD, reconcile._MISSING = 0.2, 0.6  # seconds until Docker is believed: else the test takes an hour
 main()
 """

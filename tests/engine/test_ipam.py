@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import DriverError
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core.engine_api import Docker, DockerError
 from netplugin_sdk.testing.engine import PrivateEngine, Process, wait_until
 
 from ..patience import PATIENCE
@@ -67,7 +67,8 @@ serve(Own(local=list(pools), occupied=links.occupied), name="own")
 """
 FAULTY = """
 import time
-from netplugin_sdk import reconcile, serve
+from netplugin_sdk import serve
+from netplugin_sdk.core import recovery as reconcile
 from netplugin_sdk.ipam import PoolIpamDriver, driver
 from netplugin_sdk.linux import links
 driver._MISSING = reconcile._MISSING = reconcile._TOLD = 3.0

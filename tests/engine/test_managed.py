@@ -35,7 +35,7 @@ DRIVER = "myplugin:latest"
 
 NETWORKS = ("red", "six")
 BOXES = (Box("web", "red", 8080, True), Box("peer", "red", always=True), Box("six", "six", 8081, True))
-IMPATIENT = f"import netplugin_sdk.reconcile as r; r._MISSING, r._TOLD = {MISSING}, {MISSING / 2}\n"
+IMPATIENT = f"import netplugin_sdk.core.recovery as r; r._MISSING, r._TOLD = {MISSING}, {MISSING / 2}\n"
 
 
 @pytest.fixture(scope="session")

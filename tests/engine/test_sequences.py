@@ -41,7 +41,7 @@ from hypothesis.stateful import (
 )
 
 from netplugin_sdk import DriverError
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core.engine_api import Docker, DockerError
 from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEngine, wait_until
 
 from ..patience import PATIENCE

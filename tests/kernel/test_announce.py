@@ -7,11 +7,11 @@ from ipaddress import ip_address, ip_interface
 
 import pytest
 
-from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.errors import NotFound
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.announce import announce, announce_to
 from netplugin_sdk.linux.links import LinkError
+from netplugin_sdk.values import MacAddress
 
 from ..unit.serving import wait_for
 from .lab import Namespace, run

@@ -15,12 +15,12 @@ import pytest
 from myplugin.driver import BridgeDriver
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.addresses import MacAddress, TransportProtocol
 from netplugin_sdk.cnm.controller import Network, NetworkController, Sandbox, Subnet
 from netplugin_sdk.cnm.remote import RemoteError
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.linux import firewall, links, ports
-from netplugin_sdk.messages import PortMapping, encode
+from netplugin_sdk.protocol.messages import PortMapping, encode
+from netplugin_sdk.values import MacAddress, TransportProtocol
 
 from ..unit.serving import wait_for
 from .lab import reaches, run, soon_reaches

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.addresses import MacAddress, TransportProtocol
 from netplugin_sdk.cnm.controller import NetworkController, Sandbox, Subnet
 from netplugin_sdk.cnm.registry import Driver
 from netplugin_sdk.errors import NotFound
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import links
-from netplugin_sdk.messages import Port, PortMapping, encode
+from netplugin_sdk.protocol.messages import Port, PortMapping, encode
+from netplugin_sdk.values import MacAddress, TransportProtocol
 
 RECORDINGS = Path(__file__).parent.parent / "wire/recordings"
 TCP, UDP = TransportProtocol.TCP, TransportProtocol.UDP

@@ -35,11 +35,11 @@ from netplugin_sdk import (
     Plugin,
     Sandbox,
 )
-from netplugin_sdk.calls import Call
 from netplugin_sdk.cli import main
+from netplugin_sdk.core.calls import Call
+from netplugin_sdk.core.plugin import Answer
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import firewall, links, ports
-from netplugin_sdk.plugin import Answer
 from netplugin_sdk.testing.conformance import CHECKS, Group, Outcome, Report, Subject, run
 from netplugin_sdk.testing.engine import listens, wait_until
 from netplugin_sdk.testing.kit import Lab, serving

@@ -23,13 +23,13 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.errors import InvalidRequest, Unavailable
 from netplugin_sdk.linux import firewall, iptables
 from netplugin_sdk.linux.firewall import FirewallError, Mode, Policy
 from netplugin_sdk.linux.iptables import Backend, parse
 from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.linux.programs import run as run_program
+from netplugin_sdk.values import TransportProtocol
 
 from ..patience import PATIENCE
 from ..unit.serving import wait_for

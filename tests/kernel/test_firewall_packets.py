@@ -15,11 +15,11 @@ from itertools import cycle
 
 import pytest
 
-from netplugin_sdk.addresses import IPNetwork, TransportProtocol
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.linux.firewall import Mode, Policy
 from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.testing.engine import wait_until
+from netplugin_sdk.values import IPNetwork, TransportProtocol
 
 from ..patience import PATIENCE
 from .lab import SYSCTLS, Namespace, run

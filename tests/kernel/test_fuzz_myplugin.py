@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from netplugin_sdk.plugin import Answer
+from netplugin_sdk.core.plugin import Answer
 
 from ..patience import PATIENCE
 from ..unit import test_fuzz

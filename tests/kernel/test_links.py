@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from netplugin_sdk.addresses import IPInterface, IPNetwork
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux import links
 from netplugin_sdk.linux.links import LinkError
 from netplugin_sdk.linux.namespaces import unshare
+from netplugin_sdk.values import IPInterface, IPNetwork
 
 from ..patience import PATIENCE
 from ..unit.serving import wait_for

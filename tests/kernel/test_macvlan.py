@@ -17,13 +17,13 @@ import pytest
 from netplugin_macvlan.driver import MacvlanDriver
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.addresses import MacAddress, TransportProtocol
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.linux import links
-from netplugin_sdk.messages import PortMapping
+from netplugin_sdk.protocol.messages import PortMapping
 from netplugin_sdk.testing.conformance import Group, Outcome, Subject
 from netplugin_sdk.testing.conformance import run as run_checks
 from netplugin_sdk.testing.kit import Lab
+from netplugin_sdk.values import MacAddress, TransportProtocol
 
 from ..unit.lab import NETWORK, OTHER_NETWORK, Docker, create_endpoint, create_network, joining, of
 from .lab import reaches, soon_reaches

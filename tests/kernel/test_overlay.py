@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 from netplugin_overlay.driver import OverlayDriver
 
-from netplugin_sdk import swarm
-from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.cnm.controller import Network
+from netplugin_sdk.core import swarm
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import links, shortcut
 from netplugin_sdk.testing.conformance import Group, Outcome
@@ -26,6 +25,7 @@ from netplugin_sdk.testing.conformance import run as run_checks
 from netplugin_sdk.testing.conformance.session import Session
 from netplugin_sdk.testing.engine import wait_until
 from netplugin_sdk.testing.kit import HOST, HOST_IPV6, OUTSIDE, OUTSIDE_IPV6, Lab
+from netplugin_sdk.values import MacAddress
 
 from ..unit.lab import Docker
 from .lab import SYSCTLS, reaches, run, soon_reaches

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from myplugin.driver import BridgeDriver
 
-from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.cnm.controller import Network
 from netplugin_sdk.linux.namespaces import Namespace
-from netplugin_sdk.messages import PortMapping
+from netplugin_sdk.protocol.messages import PortMapping
 from netplugin_sdk.testing.kit import Lab
+from netplugin_sdk.values import TransportProtocol
 
 from .lab import SYSCTLS, run
 from .test_firewall_packets import BR_NETFILTER, Server, answers, ask, reached

@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from netplugin_sdk import PortMapping, TransportProtocol, Unavailable
-from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.errors import Conflict
 from netplugin_sdk.linux import ports
 from netplugin_sdk.linux.ports import PortError, PortInUse, Published
-from netplugin_sdk.messages import encode
-from netplugin_sdk.options import from_text
+from netplugin_sdk.protocol.messages import encode
+from netplugin_sdk.protocol.options import from_text
+from netplugin_sdk.values import IPAddress
 
 from .lab import SYSCTLS
 

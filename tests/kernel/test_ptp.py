@@ -12,15 +12,15 @@ import pytest
 from netplugin_ptp.driver import PtpDriver
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.errors import DriverError
 from netplugin_sdk.linux import firewall, links
-from netplugin_sdk.messages import PortMapping
+from netplugin_sdk.protocol.messages import PortMapping
 from netplugin_sdk.testing.conformance import Group, Outcome
 from netplugin_sdk.testing.conformance import run as run_checks
 from netplugin_sdk.testing.engine import wait_until
 from netplugin_sdk.testing.kit import Lab
+from netplugin_sdk.values import TransportProtocol
 
 from ..unit.lab import ENDPOINT, OTHER_ENDPOINT, Docker, create_endpoint, create_network, joining, of
 from .lab import SYSCTLS, Namespace, reaches, run, soon_reaches

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from netplugin_sdk import PortMapping, TransportProtocol
-from netplugin_sdk.addresses import IPAddress, IPInterface
 from netplugin_sdk.linux import ports
+from netplugin_sdk.values import IPAddress, IPInterface
 
 from ..patience import PATIENCE
 from ..unit.serving import wait_for

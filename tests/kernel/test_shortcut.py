@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from netplugin_sdk.addresses import MacAddress
 from netplugin_sdk.linux import links, shortcut
+from netplugin_sdk.values import MacAddress
 
 from .lab import run
 

@@ -36,8 +36,8 @@ from netplugin_sdk import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.server import Limits, Server
+from netplugin_sdk.serving.server import Limits, Server
+from netplugin_sdk.values import IPInterface
 
 SAYS_NO = "the driver says no"
 """What an answer has that is a failure of the driver."""

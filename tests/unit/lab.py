@@ -94,7 +94,7 @@ class Docker:
 
 
 class ListingEngine:
-    """What is asked of `netplugin_sdk.docker.Docker`, answered: a network with an endpoint, as long as it is listed."""
+    """What is asked of a `Docker`, answered: a network with an endpoint, as long as it is listed."""
 
     def __init__(self) -> None:
         self.listed = {NETWORK: {ENDPOINT: "c" * 64}}

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import netplugin_sdk
 from netplugin_sdk import TLSFiles
 from netplugin_sdk.cli import main
-from netplugin_sdk.docker import SOCKET
+from netplugin_sdk.core.engine_api import SOCKET
 from netplugin_sdk.testing.engine import listens
 
 from ..patience import PATIENCE

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import Plugin, Scope
-from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.calls import Call
+from netplugin_sdk.core.calls import Call
 from netplugin_sdk.ipam import PoolIpamDriver
-from netplugin_sdk.messages import AddressRequest, Pool, PoolRequest
-from netplugin_sdk.server import Limits
+from netplugin_sdk.protocol.messages import AddressRequest, Pool, PoolRequest
+from netplugin_sdk.serving.server import Limits
+from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
 from .lab import (

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import pytest
 
 from netplugin_sdk import Network, Plugin, Scope
-from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.values import UsedPool
 
 from .lab import ENDPOINT, Docker, Everything, create_endpoint, create_network, joining, of, publishing
 

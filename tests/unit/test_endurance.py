@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from netplugin_sdk import DriverError, Endpoint, Network, NetworkDriver, Plugin, Rest
-from netplugin_sdk.server import Server
+from netplugin_sdk.serving.server import Server
 
 from ..patience import PATIENCE
 from ..volume import volume

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.plugin import Answer
+from netplugin_sdk.core.plugin import Answer
 
 from ..patience import PATIENCE
 from ..volume import volume

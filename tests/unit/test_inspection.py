@@ -23,7 +23,7 @@ from netplugin_sdk.inspection.engine import Engine, EngineEndpoint, EngineNetwor
 from netplugin_sdk.inspection.kernel import Host, Interface, Listener, Sight
 from netplugin_sdk.inspection.snapshot import Snapshot, compare
 from netplugin_sdk.linux.ports import Published
-from netplugin_sdk.messages import encode
+from netplugin_sdk.protocol.messages import encode
 
 from .lab import (
     ENDPOINT,

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.addresses import IPNetwork
-from netplugin_sdk.docker import UsedPool
 from netplugin_sdk.ipam import DefaultPool, PoolIpamDriver, Strategy
+from netplugin_sdk.values import IPNetwork, UsedPool
 
 MAC, OTHER_MAC = "02:42:ac:11:00:02", "02:42:ac:11:00:03"
 GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}

@@ -35,8 +35,8 @@ from netplugin_sdk import (
     Scope,
     Unsupported,
 )
-from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.background import Locks
+from netplugin_sdk.core.workers import Locks
+from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
 from .lab import (

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope, lifecycle, reconcile
-from netplugin_sdk.background import Locks
+from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope
+from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import recovery as reconcile
+from netplugin_sdk.core.store import Store
+from netplugin_sdk.core.workers import Locks
 from netplugin_sdk.database import Database
 from netplugin_sdk.ipam import PoolIpamDriver
-from netplugin_sdk.numbers import NumberPool
-from netplugin_sdk.state import Store
+from netplugin_sdk.ipam.number_pool import NumberPool
 
 from .lab import (
     ENDPOINT,

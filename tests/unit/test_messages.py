@@ -22,7 +22,7 @@ from netplugin_sdk import (
     StaticRoute,
     TransportProtocol,
 )
-from netplugin_sdk import messages as m
+from netplugin_sdk.protocol import messages as m
 
 from .lab import ENDPOINT, NETWORK, SANDBOX, create_endpoint, create_network, joining, of
 

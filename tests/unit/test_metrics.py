@@ -15,8 +15,8 @@ from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from netplugin_sdk import DriverError, Endpoint, Network, Plugin, Unavailable, losses, serve
-from netplugin_sdk.calls import Call
-from netplugin_sdk.metrics import exporting
+from netplugin_sdk.core.calls import Call
+from netplugin_sdk.serving.metrics import exporting
 
 from ..patience import PATIENCE
 from .lab import (
@@ -239,6 +239,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    monkeypatch.delitem(sys.modules, "netplugin_sdk.metrics")
+    monkeypatch.delitem(sys.modules, "netplugin_sdk.serving.metrics")
     with pytest.raises(Unavailable, match=r"prometheus_client: pip install 'netplugin-sdk\[metrics\]'"):
         serve(Echo(), name="echo", socket_path=tmp_path / "s", state=tmp_path, docker=None, metrics=("127.0.0.1", 0))

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from msgspec import Meta, field
 
 from netplugin_sdk import DriverOptions, InvalidOption, MacAddress, NetworkDriver
-from netplugin_sdk.addresses import IPAddress
-from netplugin_sdk.state import OptionsT
+from netplugin_sdk.network import OptionsT
+from netplugin_sdk.values import IPAddress
 
 from .lab import Options, Recorder
 

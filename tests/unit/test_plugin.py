@@ -25,7 +25,7 @@ from netplugin_sdk import (
     Unavailable,
     Unsupported,
 )
-from netplugin_sdk.addresses import IPInterface
+from netplugin_sdk.values import IPInterface
 
 from .lab import ENDPOINT, NETWORK, Docker, Recorder, create_endpoint, create_network, of
 
@@ -255,7 +255,7 @@ def test_a_body_of_any_depth_is_a_bad_request(plugin: Plugin) -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "netplugin_sdk.calls"]
+    return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "netplugin_sdk.core.calls"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, Network, Plugin, reconcile
-from netplugin_sdk.docker import DockerError, UsedPool
+from netplugin_sdk import Container, Endpoint, Network, Plugin
+from netplugin_sdk.core import recovery as reconcile
+from netplugin_sdk.core.engine_api import DockerError
 from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.values import UsedPool
 
 from .lab import ENDPOINT, NETWORK, Docker, ListingEngine, Options, Recorder, create_network, of
 

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netplugin_sdk.addresses import IPAddress, TransportProtocol
 from netplugin_sdk.errors import InvalidRequest
 from netplugin_sdk.linux import iptables, nftables
 from netplugin_sdk.linux.iptables import Lines
 from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.linux.rules import Mode, Policy, Verdict, rules
+from netplugin_sdk.values import IPAddress, TransportProtocol
 
 GOLDEN = Path(__file__).with_name("golden")
 BOTH = (ip_network("10.1.0.0/24"), ip_network("fd00:1::/64"))

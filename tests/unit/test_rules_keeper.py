@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from netplugin_sdk.addresses import TransportProtocol
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import firewall
 from netplugin_sdk.linux.firewall import FirewallError, Policy
 from netplugin_sdk.linux.ports import Published
+from netplugin_sdk.values import TransportProtocol
 
 from ..patience import PATIENCE
 

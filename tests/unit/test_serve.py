@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Conflict, Unavailable, run, serve, server
+from netplugin_sdk import Conflict, Unavailable, run, serve
 from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.serving import server
 
 from ..patience import PATIENCE
 from .serving import NETWORK, Echo, Process, connect_tcp, connect_unix, echo, post, process, wait_for

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from netplugin_sdk import Plugin, TLSFiles, Unavailable, server
-from netplugin_sdk.server import Limits, Server
+from netplugin_sdk import Plugin, TLSFiles, Unavailable
+from netplugin_sdk.serving import server
+from netplugin_sdk.serving.server import Limits, Server
 
 from ..patience import PATIENCE
 from .serving import Client, Echo, Served, connect_tcp, echo, nothing_left, open_files, serving, wait_for

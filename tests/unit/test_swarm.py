@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import AllocateNetwork, Network, Node, Plugin, Scope, Unavailable, state, swarm
-from netplugin_sdk.state import Store
+from netplugin_sdk import AllocateNetwork, Network, Node, Plugin, Scope, Unavailable
+from netplugin_sdk.core import store, swarm
+from netplugin_sdk.core.store import Store
 from tests.patience import PATIENCE
 from tests.unit.lab import (
     NETWORK,
@@ -389,7 +390,7 @@ def test_numbers_that_cannot_be(driver_type: type[Recorder], text: str, tmp_path
 
 def test_a_file_from_before_swarms_is_brought_up_to_date(tmp_path: Path, manager: Manager) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(state, "_MIGRATIONS", state._MIGRATIONS[:1])
+        patched.setattr(store, "_MIGRATIONS", store._MIGRATIONS[:1])
         patched.setattr(Store, "_load", lambda _: None)
         docker = manager(Recorder())
         docker("CreateNetwork", create_network())

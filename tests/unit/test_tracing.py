@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from netplugin_sdk import DriverError, Plugin
-from netplugin_sdk.calls import Call
-from netplugin_sdk.tracing import trace_calls
+from netplugin_sdk.core.calls import Call
+from netplugin_sdk.serving.tracing import trace_calls
 
 from .lab import ENDPOINT, NETWORK, Docker, Recorder, create_endpoint, create_network
 from .serving import Echo, connect_unix, process

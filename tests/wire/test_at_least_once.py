@@ -33,10 +33,10 @@ from netplugin_sdk import (
     PoolRequest,
     Sandbox,
 )
-from netplugin_sdk.addresses import IPInterface
-from netplugin_sdk.calls import Call
-from netplugin_sdk.plugin import Answer
-from netplugin_sdk.server import Server
+from netplugin_sdk.core.calls import Call
+from netplugin_sdk.core.plugin import Answer
+from netplugin_sdk.serving.server import Server
+from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
 from ..unit.serving import Client, Reply, connect_unix, nothing_left, post

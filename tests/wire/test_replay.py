@@ -35,7 +35,7 @@ from netplugin_sdk import (
     Sandbox,
     SkipGateway,
 )
-from netplugin_sdk.addresses import IPInterface, IPNetwork
+from netplugin_sdk.values import IPInterface, IPNetwork
 
 FOLDER = Path(__file__).parent / "recordings"
 REQUESTS = {
@@ -303,11 +303,11 @@ def test_a_recorded_conversation(recording: str, tmp_path: Path, caplog: pytest.
     assert len(answers) == REQUESTS[recording]
     assert answers == right
     assert notes == list(right_notes(asked))
-    assert len([record for record in caplog.records if record.name == "netplugin_sdk.calls"]) == len(asked)
+    assert len([record for record in caplog.records if record.name == "netplugin_sdk.core.calls"]) == len(asked)
     # Nothing was unknown, done twice or left over.
     failed = [line["method"] for line in asked if line["status"] != 200]
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.name for record in warned] == ["netplugin_sdk", "netplugin_sdk.calls"] * len(failed)
+    assert [record.name for record in warned] == ["netplugin_sdk", "netplugin_sdk.core.calls"] * len(failed)
     with sqlite3.connect(tmp_path / "state.db") as db:
         assert db.execute("SELECT id FROM networks UNION ALL SELECT id FROM endpoints").fetchall() == []
     db.close()

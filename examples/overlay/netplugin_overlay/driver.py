@@ -26,10 +26,10 @@ from netplugin_sdk import (
     Scope,
     Unavailable,
 )
-from netplugin_sdk.addresses import IPAddress
 from netplugin_sdk.linux import firewall, links, shortcut, sysctls
 from netplugin_sdk.linux.announce import announce, announce_to
 from netplugin_sdk.linux.firewall import Policy
+from netplugin_sdk.values import IPAddress
 
 _log = logging.getLogger("netplugin_overlay")
 

@@ -12,9 +12,9 @@ from contextlib import suppress
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
-from netplugin_sdk import messages
 from netplugin_sdk.errors import DriverError
 from netplugin_sdk.linux import links
+from netplugin_sdk.protocol import messages
 from netplugin_sdk.testing.conformance.session import Failed, Group, Made, Session, check, expect
 
 # What checks need beside the plugin: others that it has passed, so that what is reported is the cause.

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from netplugin_sdk import messages
 from netplugin_sdk.cnm import NetworkController, RemoteError, RemotePlugin, Subnet
 from netplugin_sdk.cnm.remote import ACCEPT, TLS, Address, Patience
 from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.protocol import messages
 from netplugin_sdk.testing.recording import Exchange, refusal, short
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from netplugin_sdk.docker import DockerError
+from netplugin_sdk.core.engine_api import DockerError
 from netplugin_sdk.testing.engine import (
     ENGINE_ADDRESS,
     OUTSIDE_ADDRESS,

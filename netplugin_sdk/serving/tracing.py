@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from netplugin_sdk.plugin import Answer, Answerer, Plugin
+from netplugin_sdk.core.plugin import Answer, Answerer, Plugin
 
 
 def trace_calls(plugin: Plugin) -> None:

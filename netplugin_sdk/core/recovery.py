@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Generic
 
 from netplugin_sdk import losses
-from netplugin_sdk.background import Background, Inquiries
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core.engine_api import Docker, DockerError
+from netplugin_sdk.core.lifecycle import IpamLifecycle, NetworkLifecycle, Repair
+from netplugin_sdk.core.workers import Background, Inquiries
 from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import NotFound
-from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Repair
-from netplugin_sdk.messages import Scope
-from netplugin_sdk.state import Endpoint, Network, OptionsT
+from netplugin_sdk.network import Endpoint, Network, OptionsT
+from netplugin_sdk.protocol.messages import Scope
 
 _log = logging.getLogger("netplugin_sdk")
 

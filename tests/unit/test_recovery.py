@@ -27,13 +27,12 @@ from netplugin_sdk import (
     Network,
     Plugin,
     Scope,
-    background,
     losses,
-    reconcile,
 )
-from netplugin_sdk.docker import Docker as Engine
-from netplugin_sdk.docker import UsedPool
+from netplugin_sdk.core import recovery, workers
+from netplugin_sdk.core.engine_api import Docker as Engine
 from netplugin_sdk.ipam import PoolIpamDriver
+from netplugin_sdk.values import UsedPool
 
 from ..patience import PATIENCE
 from .lab import (
@@ -142,8 +141,8 @@ def engine(tmp_path: Path) -> Iterator[Listed]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are shorter here."""
-    monkeypatch.setattr(reconcile, "_MISSING", 0.2)
-    monkeypatch.setattr(reconcile, "_TOLD", 0.0)
+    monkeypatch.setattr(recovery, "_MISSING", 0.2)
+    monkeypatch.setattr(recovery, "_TOLD", 0.0)
 
 
 @pytest.fixture
@@ -182,7 +181,7 @@ def served_and_listed(engine: Listed, serve: Serve) -> tuple[Recorder, Docker]:
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the list to be seen")
+    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the list to be seen")
     return driver, docker
 
 
@@ -192,7 +191,7 @@ def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: S
     engine.networks = {NETWORK: {}, OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker("CreateNetwork", create_network(OTHER_NETWORK))
-    wait_for(lambda: all(n.attached(reconcile.Listed) for n in driver.networks.values()), "the list to be seen")
+    wait_for(lambda: all(n.attached(recovery.Listed) for n in driver.networks.values()), "the list to be seen")
     del engine.networks[NETWORK]
     docker.plugin.reconcile()
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
@@ -271,7 +270,7 @@ def test_an_engine_that_does_not_answer_removes_nothing(engine: Listed, serve: S
 
 def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine lists a network only when all of its creation is done."""
-    monkeypatch.setattr(reconcile, "_MISSING", LONG)
+    monkeypatch.setattr(recovery, "_MISSING", LONG)
     driver = Recorder()
     docker = serve(driver)
     engine.networks = {OTHER_NETWORK: {}}
@@ -283,7 +282,7 @@ def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, m
     wait_for(lambda: NETWORK in reconciler._missing, "a look that misses it")
     engine.networks[NETWORK] = {}
     docker.plugin.reconcile()
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the next look")
+    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the next look")
     assert len(driver.networks) == 2
 
 
@@ -328,13 +327,13 @@ def test_a_swarms_network_that_was_never_listed_is_removed_by_its_node(
 def test_a_swarms_network_that_is_asked_for_again_stays(
     engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "_MISSING", LONG)
+    monkeypatch.setattr(recovery, "_MISSING", LONG)
     driver = Swarm()
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
+    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the first look")
     engine.networks, engine.elsewhere = {}, {NETWORK}
     docker.plugin.reconcile()
     reconciler = docker.plugin._reconciler
@@ -345,7 +344,7 @@ def test_a_swarms_network_that_is_asked_for_again_stays(
     assert driver.since() == ["leave", "delete_endpoint"]  # the engine has forgotten it
     engine.networks, engine.elsewhere = {NETWORK: {ENDPOINT: "c1"}}, set()
     docker.run()
-    monkeypatch.setattr(reconcile, "_MISSING", 0.2)  # who is still on the list of the missing goes now
+    monkeypatch.setattr(recovery, "_MISSING", 0.2)  # who is still on the list of the missing goes now
     docker.plugin.reconcile()
     assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT})
 
@@ -358,19 +357,19 @@ def test_a_network_that_is_asked_for_while_its_removal_waits_stays(
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the first look")
+    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the first look")
     entered, go_on, removes = threading.Event(), threading.Event(), threading.Event()
-    remove = reconcile.Reconciler._remove
+    remove = recovery.Reconciler._remove
 
     def wait(_: object) -> None:
         entered.set()
         go_on.wait(PATIENCE)
 
-    def removing(reconciler: reconcile.Reconciler[Options], record: Network[Options] | Endpoint) -> None:
+    def removing(reconciler: recovery.Reconciler[Options], record: Network[Options] | Endpoint) -> None:
         removes.set()
         remove(reconciler, record)
 
-    monkeypatch.setattr(reconcile.Reconciler, "_remove", removing)
+    monkeypatch.setattr(recovery.Reconciler, "_remove", removing)
 
     driver.hooks = {"delete_endpoint": wait}
     asking = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
@@ -430,7 +429,7 @@ def test_what_docker_forgets_without_a_word_is_found(
     engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an engine with live-restore does that was killed: when it is back it calls nobody."""
-    monkeypatch.setattr(reconcile, "_EVERY", 0.1)
+    monkeypatch.setattr(recovery, "_EVERY", 0.1)
     driver, docker = with_one_that_docker_forgets(engine, serve)
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
     assert docker.plugin.repairs["unknown_to_docker"] == 1
@@ -439,8 +438,8 @@ def test_what_docker_forgets_without_a_word_is_found(
 def test_an_engine_that_is_away_for_long_is_still_asked(
     engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(background, "_PATIENCE", 0.1)
-    monkeypatch.setattr(background, "_SLOWLY", 0.2)
+    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
+    monkeypatch.setattr(workers, "_SLOWLY", 0.2)
     driver, docker = served_and_listed(engine, serve)
     engine.broken = True
     docker.plugin.reconcile()
@@ -520,7 +519,7 @@ class Clock:
 
 def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(reconcile, "time", clock)
+    monkeypatch.setattr(recovery, "time", clock)
     with Plugin(Recorder()) as plugin:
         reconciler: Any = plugin._reconciler
         reconciler._closing = clock
@@ -541,7 +540,7 @@ def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypat
 
 
 def test_the_end_waits_for_a_repair_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "_BURST", 0.0)
+    monkeypatch.setattr(recovery, "_BURST", 0.0)
     driver, begun, ended = Recorder(), threading.Event(), threading.Event()
     too_early: list[bool] = []
 
@@ -656,7 +655,7 @@ def test_docker_is_not_asked_from_inside_a_call(
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(reconcile.Listed), "the SDK's own question")
+    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the SDK's own question")
     engine.asked.clear()
     status, text = docker.refused("CreateEndpoint", create_endpoint())
     assert status == 500

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import pytest
 
 from netplugin_sdk import Unavailable
-from netplugin_sdk.background import Inquiries
-from netplugin_sdk.docker import Docker, DockerError, UsedPool, is_stopped
+from netplugin_sdk.core.engine_api import Docker, DockerError, is_stopped
+from netplugin_sdk.core.workers import Inquiries
+from netplugin_sdk.values import UsedPool
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -111,7 +112,7 @@ def test_an_engine_that_systemd_would_start_is_told_from_one_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket, pid = tmp_path / "docker.sock", tmp_path / "docker.pid"
-    monkeypatch.setattr("netplugin_sdk.docker._SYSTEMD", tmp_path)
+    monkeypatch.setattr("netplugin_sdk.core.engine_api._SYSTEMD", tmp_path)
     assert is_stopped(socket)
     pid.write_text("nonsense")
     assert is_stopped(socket)
@@ -123,7 +124,7 @@ def test_an_engine_that_systemd_would_start_is_told_from_one_that_runs(
         pid.write_text(str(engine.pid))
         assert not is_stopped(socket)
     assert is_stopped(socket)
-    monkeypatch.setattr("netplugin_sdk.docker._SYSTEMD", tmp_path / "no")
+    monkeypatch.setattr("netplugin_sdk.core.engine_api._SYSTEMD", tmp_path / "no")
     assert not is_stopped(socket)  # nobody would start it
 
 

@@ -16,14 +16,16 @@ from typing import Generic
 
 import msgspec
 
-from netplugin_sdk import calls, messages
-from netplugin_sdk.addresses import IPAddress
-from netplugin_sdk.background import Locks
+from netplugin_sdk.core import calls
+from netplugin_sdk.core.store import Store
+from netplugin_sdk.core.workers import Locks
 from netplugin_sdk.driver import NetworkDriver
 from netplugin_sdk.errors import Conflict, InvalidRequest
-from netplugin_sdk.messages import Node, Scope
-from netplugin_sdk.numbers import NumberPool, Strategy
-from netplugin_sdk.state import Network, OptionsT, Store
+from netplugin_sdk.ipam.number_pool import NumberPool, Strategy
+from netplugin_sdk.network import Network, OptionsT
+from netplugin_sdk.protocol import messages
+from netplugin_sdk.protocol.messages import Node, Scope
+from netplugin_sdk.values import IPAddress
 
 _log = logging.getLogger("netplugin_sdk")
 

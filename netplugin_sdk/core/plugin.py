@@ -9,15 +9,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from netplugin_sdk import messages
-from netplugin_sdk.calls import Call, is_given_up
+from netplugin_sdk.core.calls import Call, is_given_up
+from netplugin_sdk.core.engine_api import refuse_inside_calls
+from netplugin_sdk.core.lifecycle import IpamLifecycle, NetworkLifecycle, Repair, Routes
+from netplugin_sdk.core.recovery import PoolReconciler, Reconciler
+from netplugin_sdk.core.store import Store
 from netplugin_sdk.database import Folder
-from netplugin_sdk.docker import refuse_inside_calls
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
-from netplugin_sdk.lifecycle import IpamLifecycle, NetworkLifecycle, Repair, Routes
-from netplugin_sdk.reconcile import PoolReconciler, Reconciler
-from netplugin_sdk.state import Network, Store
+from netplugin_sdk.network import Network
+from netplugin_sdk.protocol import messages
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,7 +28,7 @@ CONTENT_TYPE = "application/vnd.docker.plugins.v1.1+json"
 """Of every answer (moby ``pkg/plugins/transport``)."""
 
 _log = logging.getLogger("netplugin_sdk")
-_calls = logging.getLogger("netplugin_sdk.calls")
+_calls = logging.getLogger("netplugin_sdk.core.calls")
 
 
 class Answer(NamedTuple):

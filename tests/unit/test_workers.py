@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from netplugin_sdk import background
-from netplugin_sdk.background import Inquiries
-from netplugin_sdk.docker import Docker, DockerError
+from netplugin_sdk.core import workers as background
+from netplugin_sdk.core.engine_api import Docker, DockerError
+from netplugin_sdk.core.workers import Inquiries
 
 from ..patience import PATIENCE
 

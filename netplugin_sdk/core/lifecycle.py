@@ -15,13 +15,15 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias, get_args
 
-from netplugin_sdk import calls, messages
-from netplugin_sdk.background import Background, Locks
+from netplugin_sdk.core import calls
+from netplugin_sdk.core.store import Store
+from netplugin_sdk.core.swarm import Allocations, Peers
+from netplugin_sdk.core.workers import Background, Locks
 from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
 from netplugin_sdk.errors import Conflict, DriverError, NotFound, Unavailable
-from netplugin_sdk.messages import EndpointInterface, Message, Scope
-from netplugin_sdk.state import Endpoint, Network, Operation, OptionsT, Sandbox, Store
-from netplugin_sdk.swarm import Allocations, Peers
+from netplugin_sdk.network import Endpoint, Network, Operation, OptionsT, Sandbox
+from netplugin_sdk.protocol import messages
+from netplugin_sdk.protocol.messages import EndpointInterface, Message, Scope
 
 _log = logging.getLogger("netplugin_sdk")
 

@@ -1,10 +1,12 @@
-"""Values that the protocol and the kernel share: IP and MAC addresses, transport protocols."""
+"""Values that the protocol, the kernel and Docker share: addresses, transport protocols, containers, pools."""
 
 from __future__ import annotations
 
 import enum
 import os
 from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -103,6 +105,38 @@ class MacAddress(str):
     def packed(self) -> bytes:
         """The 6 octets."""
         return bytes.fromhex(self.replace(":", ""))
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container as users know it."""
+
+    id: str
+    name: str
+    """Without the slash that the API puts before it."""
+    image: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def compose_project(self) -> str | None:
+        """The project of Docker Compose that it belongs to."""
+        return self.labels.get("com.docker.compose.project")
+
+    @property
+    def compose_service(self) -> str | None:
+        """The service of Docker Compose that it belongs to."""
+        return self.labels.get("com.docker.compose.service")
+
+
+@dataclass(frozen=True)
+class UsedPool:
+    """An address pool that a network of an engine has."""
+
+    network: IPNetwork
+    part: IPNetwork | None
+    """``--ip-range``."""
+    addresses: frozenset[IPAddress]
+    """Of the network's endpoints, of both IP versions."""
 
 
 _HEX = frozenset("0123456789abcdefABCDEF")

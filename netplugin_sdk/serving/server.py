@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import httptools
 import msgspec
 
-from netplugin_sdk.calls import Call
-from netplugin_sdk.docker import SOCKET
+from netplugin_sdk.core.calls import Call
+from netplugin_sdk.core.engine_api import SOCKET
+from netplugin_sdk.core.plugin import CONTENT_TYPE, Answer, Plugin, refusal
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, DriverError, Unavailable
-from netplugin_sdk.plugin import CONTENT_TYPE, Answer, Plugin, refusal
-from netplugin_sdk.tracing import trace_calls
+from netplugin_sdk.serving.tracing import trace_calls
 
 if TYPE_CHECKING:
     import ssl
@@ -956,7 +956,7 @@ def serve(
     It listens on the sockets that systemd hands over, else on `tcp` if that is given, else on a unix socket. It tells
     systemd when it is ready, that it lives and when it stops (sd_notify(3)), and logs one line a call to standard
     error. SIGHUP makes it hold what it knows against the kernel and Docker (`Plugin.reconcile`). Where the process has
-    an OpenTelemetry tracer provider by now, each call is a span (`netplugin_sdk.tracing`).
+    an OpenTelemetry tracer provider by now, each call is a span (`netplugin_sdk.serving.tracing`).
 
     Args:
         *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each.
@@ -971,8 +971,8 @@ def serve(
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
         docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
         limits: what one client may cost.
-        metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.metrics`); it needs the extra
-            ``netplugin-sdk[metrics]``, and anybody who reaches it may read.
+        metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.serving.metrics`); it needs the
+            extra ``netplugin-sdk[metrics]``, and anybody who reaches it may read.
         log_format: ``text``, or ``json`` for one object a line.
         log_level: of the standard library's `logging`; DEBUG shows each connection.
 
@@ -1037,7 +1037,7 @@ def check_name(name: str) -> None:
 
 def _exporting(plugin: Plugin, name: str, address: tuple[str, int]) -> AbstractContextManager[None]:
     try:
-        from netplugin_sdk.metrics import exporting  # noqa: PLC0415  # 60 ms that only metrics need
+        from netplugin_sdk.serving.metrics import exporting  # noqa: PLC0415  # 60 ms that only metrics need
     except ModuleNotFoundError as error:
         raise Unavailable(f"metrics need the package {error.name}: pip install 'netplugin-sdk[metrics]'") from error
     return exporting(plugin, name, *address)

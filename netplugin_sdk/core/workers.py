@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from netplugin_sdk.docker import Docker, DockerError, is_stopped
+from netplugin_sdk.core.engine_api import Docker, DockerError, is_stopped
 from netplugin_sdk.errors import Unavailable
 
 _log = logging.getLogger("netplugin_sdk")

@@ -28,8 +28,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
-from netplugin_sdk.addresses import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
 from netplugin_sdk.errors import InvalidRequest
+from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
 
 T = TypeVar("T")
 

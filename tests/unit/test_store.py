@@ -25,11 +25,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable, state
-from netplugin_sdk import messages as m
-from netplugin_sdk.addresses import IPInterface
+from netplugin_sdk import Conflict, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable
+from netplugin_sdk.core import store as store_module
+from netplugin_sdk.core.store import Store
 from netplugin_sdk.database import Folder
-from netplugin_sdk.state import Endpoint, Network, Store
+from netplugin_sdk.network import Endpoint, Network
+from netplugin_sdk.protocol import messages as m
+from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
 from .lab import (
@@ -421,7 +423,7 @@ def test_an_older_file_is_brought_up_to_date_and_kept_as_it_was(
     network = new_network(store)
     network.attach(TUNNEL)
     store.close()
-    monkeypatch.setattr(state, "_MIGRATIONS", (*state._MIGRATIONS, RENAMED, "CREATE TABLE later (a);"))
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, RENAMED, "CREATE TABLE later (a);"))
     store = Store(tmp_path, Options)
     assert store.networks[network.id].attached(Tunnel) == TUNNEL
     store.close()
@@ -440,7 +442,9 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     network = new_network(store)
     store.close()
     with monkeypatch.context() as patched:
-        patched.setattr(state, "_MIGRATIONS", (*state._MIGRATIONS, f"{RENAMED} INSERT INTO missing VALUES (1);"))
+        patched.setattr(
+            store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, f"{RENAMED} INSERT INTO missing VALUES (1);")
+        )
         with pytest.raises(Unavailable, match=r"cannot use the state file .*state.db: no such table: missing"):
             Store(tmp_path, Options)
     store = Store(tmp_path, Options)

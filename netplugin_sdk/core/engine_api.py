@@ -13,16 +13,15 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from netplugin_sdk import calls
-from netplugin_sdk.addresses import IPAddress, IPNetwork
+from netplugin_sdk.core import calls
 from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.values import Container, UsedPool
 
 if TYPE_CHECKING:
     import http.client
@@ -40,38 +39,6 @@ class DockerError(DriverError):
     def __init__(self, text: str, http_status: int) -> None:
         super().__init__(text)
         self.http_status = http_status
-
-
-@dataclass(frozen=True)
-class Container:
-    """A container as users know it."""
-
-    id: str
-    name: str
-    """Without the slash that the API puts before it."""
-    image: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def compose_project(self) -> str | None:
-        """The project of Docker Compose that it belongs to."""
-        return self.labels.get("com.docker.compose.project")
-
-    @property
-    def compose_service(self) -> str | None:
-        """The service of Docker Compose that it belongs to."""
-        return self.labels.get("com.docker.compose.service")
-
-
-@dataclass(frozen=True)
-class UsedPool:
-    """An address pool that a network of an engine has."""
-
-    network: IPNetwork
-    part: IPNetwork | None
-    """``--ip-range``."""
-    addresses: frozenset[IPAddress]
-    """Of the network's endpoints, of both IP versions."""
 
 
 class Docker:

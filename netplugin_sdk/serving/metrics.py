@@ -35,8 +35,8 @@ from itertools import accumulate
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from netplugin_sdk.core.plugin import Answer, Answerer, Plugin
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.plugin import Answer, Answerer, Plugin
 
 _log = logging.getLogger("netplugin_sdk")
 

@@ -1,0 +1,1 @@
+"""What keeps the promises: requests, what is on disk, and what is repaired."""

@@ -1,0 +1,1 @@
+"""A plugin as a process: sockets, HTTP, signals, logs, metrics and traces."""
