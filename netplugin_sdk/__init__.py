@@ -3,13 +3,18 @@
 The helpers that touch the kernel are in `netplugin_sdk.linux` and are not imported here.
 """
 
+from msgspec import Meta, field
+
 from netplugin_sdk.core.plugin import Plugin
-from netplugin_sdk.driver import IpamDriver, NetworkDriver, Rest
+from netplugin_sdk.core.timings import Timings
+from netplugin_sdk.driver import IpamDriver, Later, NetworkDriver
 from netplugin_sdk.errors import (
     Conflict,
     DriverError,
+    InvalidDriver,
     InvalidOption,
     InvalidRequest,
+    InvalidReturn,
     NotFound,
     Unavailable,
     Unsupported,
@@ -35,7 +40,7 @@ from netplugin_sdk.protocol.messages import (
 )
 from netplugin_sdk.protocol.options import DriverOptions
 from netplugin_sdk.serving.server import Server, TLSFiles, run, serve
-from netplugin_sdk.values import Container, IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol
+from netplugin_sdk.values import Container, IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol, UsedPool
 
 __all__ = [
     "AddressRef",
@@ -51,12 +56,16 @@ __all__ = [
     "IPAddress",
     "IPInterface",
     "IPNetwork",
+    "InvalidDriver",
     "InvalidOption",
     "InvalidRequest",
+    "InvalidReturn",
     "IpamData",
     "IpamDriver",
     "Join",
+    "Later",
     "MacAddress",
+    "Meta",
     "Network",
     "NetworkDriver",
     "NetworkOptions",
@@ -67,16 +76,18 @@ __all__ = [
     "PoolRequest",
     "Port",
     "PortMapping",
-    "Rest",
     "Sandbox",
     "Scope",
     "Server",
     "SkipGateway",
     "StaticRoute",
     "TLSFiles",
+    "Timings",
     "TransportProtocol",
     "Unavailable",
     "Unsupported",
+    "UsedPool",
+    "field",
     "run",
     "serve",
 ]

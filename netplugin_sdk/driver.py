@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Protocol
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol
 
+from netplugin_sdk.errors import InvalidReturn
 from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
 from netplugin_sdk.protocol.messages import (
     AddressRef,
@@ -24,19 +27,77 @@ from netplugin_sdk.protocol.messages import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.protocol.options import DriverOptions
+from netplugin_sdk.protocol.options import DriverOptions, check_types
 from netplugin_sdk.values import Container, IPAddress, IPInterface, UsedPool
 
+P = ParamSpec("P")
 
-class Rest(Protocol):
-    """What is left to do after an answer: a function without arguments. What it raises is logged."""
 
-    def __call__(self) -> object:
+class Later:
+    """Work for after the answer: ``return Later(links.delete, bridge)``.
+
+    `function` is called with the arguments once Docker has its answer; what it raises is logged. Raises TypeError if it
+    cannot be called.
+    """
+
+    def __init__(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        if not callable(function):
+            raise TypeError(f"Later takes a function and its arguments, got {function!r}")
+        self._call = partial(function, *args, **kwargs)
+
+    def __call__(self) -> None:
         """Do it."""
+        self._call()
+
+    def __repr__(self) -> str:
+        return f"Later({self._call.func!r})"
+
+
+def later(method: str, value: object) -> Later | None:
+    """The work for after the answer in what a method returned. Raises `InvalidReturn` for what is none.
+
+    True and False are none and no mistake: ``return links.delete(bridge)`` has done its work already.
+    """
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, Later):
+        return value
+    raise InvalidReturn(
+        f"{method} returned {value!r:.80}; expected None, or Later(function, ...) for work after the answer"
+    )
+
+
+class DriverView(Protocol):
+    """What a driver sees of its plugin; see the properties of `NetworkDriver`."""
+
+    @property
+    def networks(self) -> Mapping[str, Network[Any]]:
+        """All networks by id."""
+
+    @property
+    def allocations(self) -> Mapping[str, Mapping[str, str]]:
+        """Options by the network's id."""
+
+    @property
+    def this_node(self) -> Node | None:
+        """This host."""
+
+    @property
+    def peers(self) -> Mapping[IPAddress, Node]:
+        """The other nodes by address."""
+
+
+class _Unbound:
+    """The view of a driver that no plugin has yet."""
+
+    networks: Mapping[str, Network[Any]] = MappingProxyType({})
+    allocations: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    this_node: Node | None = None
+    peers: Mapping[IPAddress, Node] = MappingProxyType({})
 
 
 class NetworkDriver(ABC, Generic[OptionsT]):
-    """A Docker network driver: six methods that must be written, and some that may be.
+    """A Docker network driver: four methods that must be written, and some that may be.
 
     What the SDK does before it calls a method: the request is decoded and checked, the network and the endpoint are
     looked up, and a repeated request, which the engine sends after a lost connection, is answered from memory. So a
@@ -58,9 +119,6 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     options_type: ClassVar[type[DriverOptions]] = DriverOptions
     """The class of the driver's ``-o`` options, taken from the subclass's base ``NetworkDriver[…]``."""
 
-    networks: Mapping[str, Network[OptionsT]] = MappingProxyType({})
-    """All networks of the plugin by id, from before `create_network` until after `delete_network`."""
-
     cluster_numbers: ClassVar[Mapping[str, range]] = MappingProxyType({})
     """Numbers of which each network has one of its own in the whole swarm, for drivers of global scope.
 
@@ -68,30 +126,55 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     it is the option ``vni`` of the network on every node. ``-o vni=5000`` asks for a certain one.
     """
 
-    allocations: Mapping[str, Mapping[str, str]] = MappingProxyType({})
-    """What this manager was asked to allocate, until it was asked to free it: options by the network's id.
+    _view: DriverView = _Unbound()
 
-    It remembers over restarts. A network that another manager freed stays in it.
-    """
+    def bind(self, view: DriverView) -> None:
+        """Take what the driver sees of its plugin. The SDK calls it, before `open`."""
+        self._view = view
 
-    this_node: Node | None = None
-    """This host as a node of the swarm; None until the engine has told.
+    @property
+    def networks(self) -> Mapping[str, Network[OptionsT]]:
+        """All networks of the plugin by id, from before `create_network` until after `delete_network`.
 
-    `Node.address` is that of its data path. If it changes, `create_network` runs again for each network.
-    """
+        A mapping that was read does not change, so any thread may iterate over it.
+        """
+        return self._view.networks
 
-    peers: Mapping[IPAddress, Node] = MappingProxyType({})
-    """The other nodes of the swarm by address, as the engine has told, in this life of the plugin or before.
+    @property
+    def allocations(self) -> Mapping[str, Mapping[str, str]]:
+        """What this manager was asked to allocate, until it was asked to free it: options by the network's id.
 
-    Known from before `create_network`, for drivers of global scope and those that override `peer_joined`. A mapping
-    that was read does not change: there is another one after each event.
-    """
+        It remembers over restarts. A network that another manager freed stays in it.
+        """
+        return self._view.allocations
+
+    @property
+    def this_node(self) -> Node | None:
+        """This host as a node of the swarm; None until the engine has told.
+
+        `Node.address` is that of its data path. If it changes, `create_network` runs again for each network.
+        """
+        return self._view.this_node
+
+    @property
+    def peers(self) -> Mapping[IPAddress, Node]:
+        """The other nodes of the swarm by address, as the engine has told, in this life of the plugin or before.
+
+        Known from before `create_network`, for drivers of global scope and those that override `peer_joined`. A mapping
+        that was read does not change.
+        """
+        return self._view.peers
 
     def __init_subclass__(cls) -> None:
-        """Find the class of options in the bases."""
+        """Find the class of options in the bases. Raises TypeError if an option has a type that no text can have."""
         super().__init_subclass__()
-        if "options_type" in cls.__dict__:
-            return
+        if "options_type" not in cls.__dict__:
+            cls._find_options()
+        with suppress(NameError):  # a type that is defined later; it is checked when the plugin starts
+            check_types(cls.options_type)
+
+    @classmethod
+    def _find_options(cls) -> None:
         for base in cls.__dict__.get("__orig_bases__", ()):
             origin = typing.get_origin(base)
             if isinstance(origin, type) and issubclass(origin, NetworkDriver):
@@ -99,35 +182,46 @@ class NetworkDriver(ABC, Generic[OptionsT]):
                     if isinstance(given, type) and issubclass(given, DriverOptions):
                         cls.options_type = given
 
+    def open(self, folder: Path | None) -> None:
+        """Begin, before the first call. `folder` is the plugin's own, to keep files in; None if it has none."""
+
+    def close(self) -> None:
+        """End, after the last call. Threads that were started end here."""
+
     @abstractmethod
     def create_network(self, network: Network[OptionsT]) -> None:
-        """Make the network (``CreateNetwork``; ``docker network create``).
+        """Ensure that the network is there: also runs at every start, for each network (``CreateNetwork``).
 
-        The engine never repeats this call after a restart of the host or the plugin: `network` is remembered, and
-        given to every later method. The SDK does: when the plugin starts, this method runs again for each network,
-        before any request is answered.
+        So it makes what is missing and leaves alone what is right. The engine asks once, at ``docker network create``,
+        and never again: `network` is remembered, and given to every later method. When the plugin starts, on SIGHUP,
+        and when something of the plugin's vanished from the kernel, the SDK runs this method for the networks that
+        exist; at a start before any request is answered.
         """
 
     @abstractmethod
-    def delete_network(self, network: Network[OptionsT]) -> Rest | None:
+    def delete_network(self, network: Network[OptionsT]) -> Later | None:
         """Remove the network (``DeleteNetwork``). Its endpoints are gone.
 
         Returns:
-            What may be done after the answer, such as ``partial(links.delete, bridge)``, for which the kernel takes
+            What may be done after the answer, such as ``Later(links.delete, bridge)``, for which the kernel takes
             36 ms; None if all is done. The network stays on disk until it is done, so if the plugin dies before, this
             method runs again when it starts. Networks are created only when it is done.
         """
 
-    @abstractmethod
-    def create_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> EndpointInterface | None:
+    def create_endpoint(
+        self,
+        network: Network[OptionsT],  # noqa: ARG002
+        endpoint: Endpoint,  # noqa: ARG002
+    ) -> EndpointInterface | None:
         """Prepare a container's attachment (``CreateEndpoint``).
 
         Returns:
             Addresses that `Endpoint.requested` left None and that the driver gives; None if it gives none.
         """
+        return None
 
     @abstractmethod
-    def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Rest | None:
+    def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Later | None:
         """Remove what `create_endpoint` made, and what is left of it (``DeleteEndpoint``). It has left its sandbox.
 
         Returns:
@@ -138,7 +232,6 @@ class NetworkDriver(ABC, Generic[OptionsT]):
     def join(self, network: Network[OptionsT], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the link that the engine moves into the container (``Join``)."""
 
-    @abstractmethod
     def leave(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
         """Take the endpoint out of its sandbox (``Leave``).
 
@@ -237,10 +330,6 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         If the plugin is killed in it, `create_network` runs with what `peers` are left.
         """
 
-    def overrides(self, method: str) -> bool:
-        """Whether the subclass defines this optional method."""
-        return getattr(type(self), method) is not getattr(NetworkDriver, method)
-
 
 class IpamDriver(ABC):
     """A Docker IPAM driver: gives out address pools and addresses.
@@ -307,3 +396,9 @@ class IpamDriver(ABC):
     @abstractmethod
     def release_address(self, address: AddressRef) -> None:
         """Take the address back (``ReleaseAddress``)."""
+
+
+def overridden(driver: NetworkDriver[Any] | IpamDriver, method: str) -> bool:
+    """Whether the driver's class defines this optional method."""
+    base = NetworkDriver if isinstance(driver, NetworkDriver) else IpamDriver
+    return getattr(type(driver), method) is not getattr(base, method)

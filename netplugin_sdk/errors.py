@@ -8,6 +8,7 @@ supported"** for the two ExternalConnectivity methods. So no error here is a 404
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import ClassVar
 
 
@@ -19,6 +20,20 @@ class DriverError(Exception):
     """
 
     status: ClassVar[int] = 500
+
+    def __init_subclass__(cls) -> None:
+        """Check the status, since the engine shows only the text of an answer that it can read.
+
+        Raises TypeError: it is no error status of HTTP, or 404.
+        """
+        super().__init_subclass__()
+        status: object = cls.status
+        if type(status) is not int or not 400 <= status <= 599 or status not in set(HTTPStatus):
+            raise TypeError(
+                f"{cls.__name__}.status must be an error status of HTTP, such as 409 or 500, not {status!r}"
+            )
+        if status == HTTPStatus.NOT_FOUND:
+            raise TypeError(f'{cls.__name__}.status must not be 404, which says "method not supported" to Docker')
 
     def __str__(self) -> str:
         # Docker prints the answer as it is: keep it one line.
@@ -57,3 +72,14 @@ class Unavailable(DriverError):
     """Something that the driver needs is not there now; a later try may succeed."""
 
     status = 503
+
+
+class InvalidReturn(DriverError):
+    """A driver's method returned something that Docker cannot use: a mistake of the driver's author.
+
+    The text names the method, the field, the value and what was expected.
+    """
+
+
+class InvalidDriver(TypeError):
+    """A driver's class has a mistake, found before the plugin starts. The text names the class and the method."""

@@ -1,4 +1,4 @@
-"""The engine's call that a thread is answering: so that deeper floors know of it, and its wait can be ended."""
+"""The engine's call that a thread is answering: what it calls can find it, and the engine's wait can be ended."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 from netplugin_sdk.errors import Unavailable
 
-_here = threading.local()
+_current = threading.local()
 
 
 class Call:
     """One call, from its request to its answer. A context manager that makes it the thread's own.
 
-    Either it is settled, and its answer is the method's, or somebody gives it up, and what it did is undone.
+    Either it is committed, and its answer is the method's, or it expires, and what it did is undone.
     """
 
-    __slots__ = ("_given_up", "_guard", "_settled", "began", "method", "thread")
+    __slots__ = ("_committed", "_expired", "_guard", "began", "method", "thread")
 
     def __init__(self) -> None:
         self.method = ""
@@ -24,56 +24,56 @@ class Call:
         self.began = time.monotonic()
         self.thread = threading.get_ident()
         self._guard = threading.Lock()
-        self._given_up = self._settled = False
+        self._expired = self._committed = False
 
     def __enter__(self) -> Call:
-        _here.call = self
+        _current.call = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _here.call = None
+        _current.call = None
 
     @property
-    def given_up(self) -> bool:
+    def expired(self) -> bool:
         """Whether the engine was told that it took too long."""
-        return self._given_up
+        return self._expired
 
-    def settle(self) -> bool:
-        """Whether the answer will be the method's; from now on nobody gives it up."""
+    def commit(self) -> bool:
+        """Whether the answer will be the method's; from now on it cannot expire."""
         with self._guard:
-            self._settled = not self._given_up
-            return self._settled
+            self._committed = not self._expired
+            return self._committed
 
-    def give_up(self) -> bool:
-        """Whether the engine may be told that it took too long; not if it is settled."""
+    def expire(self) -> bool:
+        """Whether the engine may be told that it took too long; not if it is committed."""
         with self._guard:
-            self._given_up = not self._settled
-            return self._given_up
+            self._expired = not self._committed
+            return self._expired
 
 
 def current() -> Call | None:
     """The call that this thread is answering."""
-    call: Call | None = getattr(_here, "call", None)
+    call: Call | None = getattr(_current, "call", None)
     return call
 
 
-def is_given_up() -> bool:
+def has_expired() -> bool:
     """Whether the engine was told that what this thread answers took too long: by a 503, whatever it answers now."""
     call = current()
-    return call is not None and call.given_up
+    return call is not None and call.expired
 
 
 def refuse_if_late() -> None:
     """For what has waited, before it begins. Raises `Unavailable` if the engine waits no more."""
     call = current()
-    if call is not None and call.given_up:
+    if call is not None and call.expired:
         raise _late(call)
 
 
-def settle() -> None:
+def commit() -> None:
     """For what is made, before it is written down. Raises `Unavailable` if the engine waits no more: undo it."""
     call = current()
-    if call is not None and not call.settle():
+    if call is not None and not call.commit():
         raise _late(call)
 
 

@@ -6,14 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from netplugin_sdk.core.calls import Call, is_given_up
+from netplugin_sdk.core.calls import Call, has_expired
+from netplugin_sdk.core.driver_check import check_driver
 from netplugin_sdk.core.engine_api import refuse_inside_calls
-from netplugin_sdk.core.lifecycle import IpamLifecycle, NetworkLifecycle, Repair, Routes
-from netplugin_sdk.core.recovery import PoolReconciler, Reconciler
-from netplugin_sdk.core.store import Store
+from netplugin_sdk.core.lifecycle import Routes
+from netplugin_sdk.core.networks import Networks
+from netplugin_sdk.core.pools import Pools
+from netplugin_sdk.core.repairs import Repair
+from netplugin_sdk.core.timings import Timings
 from netplugin_sdk.database import Folder
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError, InvalidRequest
@@ -54,9 +56,11 @@ class Plugin:
         *drivers: a `NetworkDriver`, an `IpamDriver`, or one of each; `docker` names both by the plugin's name.
         state: the folder that remembers networks and endpoints; None remembers them in memory only.
         docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
+        timings: how long the SDK waits.
 
     Raises:
         TypeError: there is no driver, two of a kind, or something else.
+        InvalidDriver: a driver's class has a mistake, such as a method with a misspelt name.
         Conflict: another process holds the state folder.
         Unavailable: the state folder cannot be used.
 
@@ -69,39 +73,32 @@ class Plugin:
         *drivers: NetworkDriver[Any] | IpamDriver,
         state: Path | str | None = None,
         docker: Path | str | None = None,
+        timings: Timings | None = None,
     ) -> None:
         refuse_inside_calls()
         kinds = {_kind(driver): driver for driver in drivers}
         if not drivers or len(kinds) != len(drivers):
             raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
+        for driver in drivers:
+            check_driver(driver)
         self._folder = None if state is None else Folder(Path(state))
-        self._store: Store[Any] | None = None
-        self._ipam: IpamDriver | None = None
-        self._reconciler: Reconciler[Any] | None = None
-        self._reconcilers: list[Reconciler[Any] | PoolReconciler] = []
-        self._rests: Callable[[], None] = lambda: None
+        self._networks: Networks[Any] | None = None
+        self._halves: list[Networks[Any] | Pools] = []
         self._routes: Routes = {"/Plugin.Activate": (messages.Nothing, self._activate)}
         self._answer: Answerer = self._answer_call
         self._implements = messages.encode({"Implements": sorted(kinds, reverse=True)})
         folder = None if self._folder is None else self._folder.path
-        docker = None if docker is None else Path(docker)
+        where = folder, None if docker is None else Path(docker), timings or Timings()
         try:
             for kind, driver in kinds.items():
+                half: Networks[Any] | Pools
                 if isinstance(driver, NetworkDriver):
-                    self._store = Store(folder, driver.options_type)
-                    lifecycle = NetworkLifecycle(driver, self._store)
-                    self._rests = lifecycle.close
-                    routes = lifecycle.routes()
-                    self._reconciler = Reconciler(lifecycle, docker)
-                    self._reconcilers.append(self._reconciler)
+                    half = self._networks = Networks(driver, *where)
                 else:
-                    self._ipam = driver
-                    driver.open(folder)
-                    pools = IpamLifecycle(driver)
-                    routes = pools.routes()
-                    self._reconcilers.append(PoolReconciler(pools, docker))
-                self._reconcilers[-1].start()
-                self._routes.update({f"/{kind}.{method}": route for method, route in routes.items()})
+                    half = Pools(driver, *where)
+                self._halves.append(half)
+                half.start()
+                self._routes.update({f"/{kind}.{method}": route for method, route in half.routes.items()})
         except BaseException:
             self.close()
             raise
@@ -109,10 +106,11 @@ class Plugin:
     def handle(self, path: str, body: bytes, call: Call | None = None) -> Answer:
         """Answer one call: `path` is ``/NetworkDriver.Join``, `body` its JSON. Never raises.
 
-        `log` is for afterwards, when the answer is on its way. `call` is for who may end the engine's wait before.
+        Call `log` afterwards, when the answer is on its way. `call` is passed by a caller that may end the engine's
+        wait before.
         """
-        with call or Call() as here:
-            here.method = path[1:]
+        with call or Call() as current:
+            current.method = path[1:]
             return self._answer(path, body)
 
     def wrap(self, wrapper: Callable[[Answerer], Answerer]) -> None:
@@ -131,12 +129,12 @@ class Plugin:
     @property
     def networks(self) -> Mapping[str, Network[Any]]:
         """All networks by id; an IPAM driver has none."""
-        return {} if self._store is None else MappingProxyType(self._store.networks)
+        return {} if self._networks is None else self._networks.networks
 
     @property
     def repairs(self) -> Mapping[Repair, int]:
         """What the network driver's networks had to be helped with, since the start: how often."""
-        return {} if self._reconciler is None else self._reconciler.repairs
+        return {} if self._networks is None else self._networks.repairs
 
     def _answer_call(self, path: str, body: bytes) -> Answer:
         started = time.perf_counter()
@@ -153,8 +151,8 @@ class Plugin:
                 request: Any = messages.decode(kind, body)
             except InvalidRequest as invalid:
                 if not body:  # the first try was lost: Docker takes it for done or refused, and has to be asked which
-                    for reconciler in self._reconcilers:
-                        reconciler.ask_soon()
+                    for half in self._halves:
+                        half.ask_soon()
                 raise InvalidRequest(f"{method}: {invalid}") from None
             if network_id := getattr(request, "network_id", None):
                 call["network"] = network_id[:12]
@@ -163,11 +161,11 @@ class Plugin:
             answer = Answer(200, handler(request, body), call)
         except DriverError as error:
             answer = refusal(error.status, _line(error) or type(error).__name__, call)
-        except Exception as error:
+        except BaseException as error:  # a driver's sys.exit must not end the thread without an answer
             _log.exception("%s failed", method)
             text = _line(error)
             answer = refusal(500, f"{type(error).__name__}: {text}" if text else type(error).__name__, call)
-        if is_given_up():  # the engine has its answer; this one is for the log, and for who measures
+        if has_expired():  # the engine has its answer; this one is for the log and the metrics
             answer = refusal(503, answer.error or f"{method} took too long", call)
         call["ms"] = round((time.perf_counter() - started) * 1000, 2)
         return answer
@@ -193,8 +191,8 @@ class Plugin:
             _calls.handle(record)
 
     def _activate(self, _request: messages.Nothing, _body: bytes) -> bytes:
-        if self._reconciler is not None:
-            self._reconciler.engine_starts()
+        if self._networks is not None:
+            self._networks.engine_starts()
         return self._implements
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -216,21 +214,16 @@ class Plugin:
 
         It is done in the background, as after the loss of an interface; each repair, and what fails, is logged.
         """
-        for reconciler in self._reconcilers:
-            reconciler.request()
+        for half in self._halves:
+            half.reconcile()
 
     def close(self) -> None:
         """Finish what is done after answers, and let the state folder go.
 
         Call it when no call is running; the plugin cannot be used afterwards.
         """
-        for reconciler in self._reconcilers:
-            reconciler.close()
-        self._rests()
-        if self._store is not None:
-            self._store.close()
-        if self._ipam is not None:
-            self._ipam.close()
+        for half in self._halves:
+            half.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -258,7 +251,7 @@ def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answe
     return Answer(status, _text(text), call or {}, text)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """What an error says, as one line that can be encoded."""
     try:
         text = str(error)

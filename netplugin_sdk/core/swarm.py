@@ -10,28 +10,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Generic
 
 import msgspec
 
 from netplugin_sdk.core import calls
-from netplugin_sdk.core.store import Store
-from netplugin_sdk.core.workers import Locks
-from netplugin_sdk.driver import NetworkDriver
+from netplugin_sdk.core.shared import Shared
+from netplugin_sdk.driver import overridden
 from netplugin_sdk.errors import Conflict, InvalidRequest
 from netplugin_sdk.ipam.number_pool import NumberPool, Strategy
 from netplugin_sdk.network import Network, OptionsT
-from netplugin_sdk.protocol import messages
+from netplugin_sdk.protocol import answers, messages
 from netplugin_sdk.protocol.messages import Node, Scope
 from netplugin_sdk.values import IPAddress
 
 _log = logging.getLogger("netplugin_sdk")
 
 _DONE = b"{}"
-_ONE_START = 60.0  # seconds within which what is told belongs to one start of the engine's network agent
-_LOST = 120.0  # seconds until a lost node has left: workers find a manager that restarts alone after up to 60
 _NEVER = float("inf")
 
 
@@ -43,10 +39,11 @@ class Allocations(Generic[OptionsT]):
     may have been freed elsewhere: until it is asked for again, others get its numbers only if there are no more.
     """
 
-    def __init__(self, driver: NetworkDriver[OptionsT], store: Store[OptionsT], locks: Locks) -> None:
-        self._driver = driver
-        self._store = store
-        self._locks = locks
+    def __init__(self, shared: Shared[OptionsT]) -> None:
+        driver = shared.driver
+        self._driver, self._store, self._locks = driver, shared.store, shared.locks
+        self.current: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+        """What each network is allocated: its options by its id. A mapping that was read does not change."""
         self._pools: dict[str, NumberPool] = {}
         self._guard = threading.Lock()  # of the pools: networks are allocated in parallel
         if driver.cluster_numbers:
@@ -57,9 +54,9 @@ class Allocations(Generic[OptionsT]):
                     raise TypeError(f"the cluster_numbers {name} have gaps: {numbers}")
                 self._pools[name] = NumberPool(numbers.start, numbers.stop - 1)
         self._publish()
-        self.doubt()
+        self.mark_unconfirmed()
 
-    def doubt(self) -> None:
+    def mark_unconfirmed(self) -> None:
         """Another manager may have led since (``GetCapabilities``, which comes as a manager begins to lead)."""
         with self._guard:
             for network_id in tuple(self._store.allocations):
@@ -77,16 +74,18 @@ class Allocations(Generic[OptionsT]):
                     return known.answer
                 options = {**request.options, **numbers}
                 try:
-                    given = self._driver.allocate_network(msgspec.structs.replace(request, options=options))
+                    given = answers.allocate_network(
+                        self._driver.allocate_network(msgspec.structs.replace(request, options=options))
+                    )
                     # The answer replaces the network's options: what is not in it, the nodes do not get.
                     answer = messages.encode({"Options": {**options, **given, **numbers}})
-                    calls.settle()
+                    calls.commit()
                     self._store.save_allocation(network_id, body, answer)
-                except Exception:
+                except BaseException:
                     if known is None:
                         self._undo(network_id)
                     raise
-            except Exception:
+            except BaseException:
                 with self._guard:
                     self._release(network_id)
                     if known is not None:
@@ -99,7 +98,7 @@ class Allocations(Generic[OptionsT]):
     def _undo(self, network_id: str) -> None:
         try:
             self._driver.free_network(network_id)
-        except Exception:
+        except BaseException:
             _log.exception("AllocateNetwork of network %s failed, and so did undoing it", network_id[:12])
 
     def free(self, request: messages.NetworkRef, _body: bytes) -> bytes:
@@ -119,9 +118,7 @@ class Allocations(Generic[OptionsT]):
     def _publish(self) -> None:
         with self._guard:
             rows = tuple(self._store.allocations.values())
-            self._driver.allocations = MappingProxyType(
-                {row.network_id: MappingProxyType(_options(row.answer)) for row in rows}
-            )
+            self.current = MappingProxyType({row.network_id: MappingProxyType(_options(row.answer)) for row in rows})
 
     # ---------------------------------------------------------------------------------------------------- numbers
 
@@ -143,11 +140,11 @@ class Allocations(Generic[OptionsT]):
                 else:
                     # By a hash: another manager that is asked would say the same, and it is not soon used again.
                     number = pool.allocate(network_id, strategy=Strategy.HASHED)
-                self._dispossess(name, number, but=network_id)
+                self._revoke_duplicates(name, number, but=network_id)
                 taken[name] = str(number)
             return taken
 
-    def _dispossess(self, name: str, number: int, *, but: str) -> None:
+    def _revoke_duplicates(self, name: str, number: int, *, but: str) -> None:
         """Forget networks that had this number, and that the leader has not asked for again."""
         text = str(number)
         for row in tuple(self._store.allocations.values()):
@@ -197,22 +194,20 @@ class Peers(Generic[OptionsT]):
     """``DiscoverNew`` and ``DiscoverDelete``, which the engine makes of what its gossip says of addresses.
 
     The set on disk is what counts. It changes first, then the driver is told, network by network. Where that fails, or
-    this node has changed, `outdated` asks for the driver's `create_network` of each network, which finds the set.
+    this node has changed, `restore` asks for the driver's `create_network` of each network, which finds the set.
 
     A node that the gossip loses is one of the set for a while: mostly it is only unreachable, or its engine restarts
     while its containers go on, and the engines take up to a minute to find each other again.
     """
 
-    def __init__(
-        self,
-        driver: NetworkDriver[OptionsT],
-        store: Store[OptionsT],
-        hold: Callable[[Network[OptionsT]], AbstractContextManager[None]],
-    ) -> None:
-        self.outdated: Callable[[], None] = lambda: None
-        self._driver = driver
-        self._store = store
-        self._hold = hold
+    def __init__(self, shared: Shared[OptionsT], restore: Callable[[], None]) -> None:
+        self.this_node: Node | None = None
+        """This host as a node; None until the engine has told."""
+        self.current: Mapping[IPAddress, Node] = MappingProxyType({})
+        """The other nodes by address. A mapping that was read does not change."""
+        self._shared = shared
+        self._driver, self._store, self._timings = shared.driver, shared.store, shared.timings
+        self._restore = restore
         self._lock = threading.Lock()
         self._joins: dict[str, list[float]] = {}
         """Address → when nodes of it joined that have not left, since the engine's agent started."""
@@ -250,68 +245,71 @@ class Peers(Generic[OptionsT]):
                 if joins:
                     # Its engine was killed and is back already: the gossip gives the earlier one up only now.
                     _log.info("a node at %s left, another one of the same address is there", node.address)
-                elif node.address in self._driver.peers:
+                elif node.address in self.current:
                     _log.info("the gossip has lost the node at %s", node.address)
-                    self._lost.setdefault(node.address, time.monotonic() + _LOST)
+                    self._lost.setdefault(node.address, time.monotonic() + self._timings.node_lost)
                     self._wait_for_lost()
         return _DONE
 
     def _wait_for_lost(self) -> None:
         if self._timer is None and self._lost:
-            self._timer = threading.Timer(min(self._lost.values()) - time.monotonic(), self._give_up)
+            self._timer = threading.Timer(min(self._lost.values()) - time.monotonic(), self._end_lost)
             self._timer.daemon = True
             self._timer.start()
 
-    def _give_up(self) -> None:
+    def _end_lost(self) -> None:
         """Those that have been lost for long enough leave."""
         with self._lock:
             self._timer = None
             now = time.monotonic()
             for address in [address for address, until in self._lost.items() if until <= now]:
                 try:
-                    self._leave(self._driver.peers[address])
+                    self._leave(self.current[address])
                 except Exception:  # the disk's
                     _log.exception("the node at %s cannot be forgotten", address)
-                    self._lost[address] = now + _LOST
+                    self._lost[address] = now + self._timings.node_lost
             self._wait_for_lost()
 
     def _is_this(self, node: Node, body: bytes) -> None:
-        before = self._driver.this_node
+        before = self.this_node
         if node.bind_address is not None:
             self._agent_starts()
         elif before is not None:
             return  # the gossip's address of this node, which need not be that of its data (--data-path-addr)
-        if (other := self._driver.peers.get(node.address)) is not None:
+        if (other := self.current.get(node.address)) is not None:
             self._leave(other)
         if node != before:
             self._store.save_node(str(node.address), body)
             if before is not None and before.address != node.address:
                 self._store.forget_node(str(before.address))
-            self._driver.this_node = node
-            self.outdated()
+            self.this_node = node
+            self._restore()
 
     def _agent_starts(self) -> None:
-        """An agent that starts tells all other nodes anew; but one also says so when a plugin is enabled.
+        """An agent that starts tells all other nodes again; but one also says so when a plugin is enabled.
 
         A second one in the life of this process is a new one: this node left its swarm, and is in another now.
         """
         now = time.monotonic()
         before, self._agent_started = self._agent_started, now
-        if before is None or now - before < _ONE_START:
+        if before is None or now - before < self._timings.agent_start:
             return
-        recent = {address: [at for at in joins if now - at < _ONE_START] for address, joins in self._joins.items()}
+        recent = {
+            address: [at for at in joins if now - at < self._timings.agent_start]
+            for address, joins in self._joins.items()
+        }
         self._joins = {address: joins for address, joins in recent.items() if joins}
-        for node in self._driver.peers.values():
+        for node in self.current.values():
             if str(node.address) not in self._joins:
                 self._leave(node)
 
     def _join(self, node: Node, body: bytes) -> None:
-        this = self._driver.this_node
+        this = self.this_node
         if this is not None and node.address == this.address:
             return
         self._joins.setdefault(str(node.address), []).append(time.monotonic())
         was_lost = self._lost.pop(node.address, None) is not None
-        if node.address not in self._driver.peers:
+        if node.address not in self.current:
             self._store.save_node(str(node.address), body)
             self._peers[node.address] = node
             self._publish()
@@ -322,37 +320,36 @@ class Peers(Generic[OptionsT]):
     def _leave(self, node: Node) -> None:
         self._joins.pop(str(node.address), None)
         self._lost.pop(node.address, None)
-        if node.address in self._driver.peers:
+        if node.address in self.current:
             self._store.forget_node(str(node.address))
             del self._peers[node.address]
             self._publish()
             self._tell(node, self._driver.peer_left)
 
     def _tell(self, node: Node, event: Callable[[Network[OptionsT], Node], None]) -> None:
-        if not self._driver.overrides(event.__name__):
+        if not overridden(self._driver, event.__name__):
             return
         done = True
-        for network in tuple(self._store.networks.values()):
+        for network in self._store.networks.values():
             try:
-                with self._hold(network):
-                    if self._store.networks.get(network.id) is network and network.row.intent is None:
+                with self._shared.locked(network):
+                    if self._store.lists(network) and network.intent is None:
                         event(network, node)
-            except Exception:
+            except BaseException:
                 _log.exception("%s of node %s failed for %r", event.__name__, node.address, network)
                 done = False
         if not done:
-            self.outdated()
+            self._restore()
 
     def _read(self) -> None:
-        self._driver.this_node = None
         for row in self._store.nodes.values():
             node = messages.decode(messages.Discovery, row.request).node
             if node is not None and node.is_self:
-                self._driver.this_node = node
+                self.this_node = node
             elif node is not None:
                 self._peers[node.address] = node
         self._publish()
 
     def _publish(self) -> None:
         # Another one each time, so that nobody who goes through it is disturbed.
-        self._driver.peers = MappingProxyType(self._peers.copy())
+        self.current = MappingProxyType(self._peers.copy())

@@ -1,4 +1,4 @@
-"""Locks by name, and threads that are there while there is something for them to do."""
+"""Locks by name, and threads that exist while they have something to do."""
 
 from __future__ import annotations
 
@@ -10,50 +10,48 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from netplugin_sdk.core.engine_api import Docker, DockerError, is_stopped
+from netplugin_sdk.core.timings import Timings
 from netplugin_sdk.errors import Unavailable
 
 _log = logging.getLogger("netplugin_sdk")
 
-Question: TypeAlias = Callable[[Docker], bool]
+Query: TypeAlias = Callable[[Docker], bool]
 """Asks the engine, and does what follows. Whether it is done; else it is asked again."""
-
-_AGAIN = 0.05, 2.0  # seconds until a question is asked again: at first, and at most
-_PATIENCE = 60.0  # seconds until it is given up, or is asked slowly if it is one that stands
-_SLOWLY = 30.0
-_ANSWER_TIME = 10.0
 
 
 @dataclass(order=True)
 class _Due:
     when: float
-    number: int  # of those that are due at a time the first is asked first
-    question: Question = field(compare=False)
-    until: float = field(compare=False)
-    stands: bool = field(compare=False)
-    pause: float = field(compare=False, default=_AGAIN[0])
+    number: int  # of queries that are due at the same time the first is asked first
+    query: Query = field(compare=False)
+    expires: float = field(compare=False)
+    recurring: bool = field(compare=False)
+    pause: float = field(compare=False)
 
 
 class Locks:
-    """A lock for each key, there only while somebody holds or wants it."""
+    """A lock for each key, there only while somebody holds or wants it.
 
-    _PATIENCE = 30.0
-    """Seconds: longer than an engine waits for an answer, so that threads do not gather before one that is stuck."""
+    `wait` is how many seconds `hold` waits, unless it is told otherwise.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: float) -> None:
+        self._wait = wait
         self._guard = threading.Lock()
         self._locks: dict[str, _CountedLock] = {}
 
-    def hold(self, key: str, patience: float = _PATIENCE) -> _Held:
+    def hold(self, key: str, wait: float | None = None) -> AbstractContextManager[None]:
         """A context manager that holds the lock of `key`.
 
-        Raises `Unavailable` as it is entered, if it is not to be had in `patience` seconds.
+        Raises `Unavailable` as it is entered, if the lock is not free within `wait` seconds.
         """
-        return _Held(self._guard, self._locks, key, patience)
+        return _Held(self._guard, self._locks, key, self._wait if wait is None else wait)
 
 
 class _CountedLock:
@@ -64,11 +62,11 @@ class _CountedLock:
         self.users = 0
 
 
-class _Held:
-    __slots__ = ("_guard", "_key", "_locks", "_patience")
+class _Held(AbstractContextManager[None]):
+    __slots__ = ("_guard", "_key", "_locks", "_wait")
 
-    def __init__(self, guard: threading.Lock, locks: dict[str, _CountedLock], key: str, patience: float) -> None:
-        self._guard, self._locks, self._key, self._patience = guard, locks, key, patience
+    def __init__(self, guard: threading.Lock, locks: dict[str, _CountedLock], key: str, wait: float) -> None:
+        self._guard, self._locks, self._key, self._wait = guard, locks, key, wait
 
     def __enter__(self) -> None:
         with self._guard:
@@ -76,9 +74,9 @@ class _Held:
             if counted is None:
                 counted = self._locks[self._key] = _CountedLock()
             counted.users += 1
-        if not counted.lock.acquire(timeout=self._patience):
+        if not counted.lock.acquire(timeout=self._wait):
             self._leave(counted)
-            raise Unavailable(f"{self._key[:12] or 'the driver'} has been busy for {self._patience:g} seconds")
+            raise Unavailable(f"{self._key[:12] or 'the driver'} has been busy for {self._wait:g} seconds")
 
     def __exit__(self, *_: object) -> None:
         counted = self._locks[self._key]
@@ -92,8 +90,8 @@ class _Held:
                 del self._locks[self._key]
 
 
-class Background:
-    """A thread that takes steps, one after the other. It ends when there is nothing to do."""
+class SerialWorker:
+    """A thread that runs steps one after the other. It ends when there is nothing to do."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -107,7 +105,7 @@ class Background:
         return not self._running
 
     def submit(self, step: Callable[[], object]) -> None:
-        """Do it, after what came before. It raises nothing."""
+        """Run it after the steps before it. It must not raise."""
         with self._changed:
             self._steps.append(step)
             if not self._running:
@@ -131,11 +129,12 @@ class Background:
                 self._changed.wait_for(lambda: not self._running)
 
 
-class Inquiries:
-    """One thread that asks the engine, one question after the other; it ends when there is none."""
+class EngineQueries:
+    """One thread that asks the engine, one query after the other; it ends when there is none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timings: Timings) -> None:
         self._path = path
+        self._timings = timings
         self._changed = threading.Condition()
         self._due: list[_Due] = []
         self._numbers = itertools.count()
@@ -143,25 +142,27 @@ class Inquiries:
         self._docker: Docker | None = None  # the thread's
         self._closed = False
 
-    def ask(self, question: Question, delay: float = 0.0, *, stands: bool = False) -> None:
-        """Ask it in `delay` seconds, and again until it is done; after a minute it is given up, unless it stands.
+    def ask(self, query: Query, delay: float = 0.0, *, recurring: bool = False) -> None:
+        """Ask it in `delay` seconds, and again until it is done; it is dropped after a minute, unless it is recurring.
 
-        A question that waits already, and is equal, is asked at the earlier time. An engine that refuses or does not
-        answer is asked again; what else a question raises is logged.
+        A query that waits already, and is equal, is asked at the earlier time. An engine that refuses or does not
+        answer is asked again; what else a query raises is logged.
         """
         when = time.monotonic() + delay
+        expires = when + self._timings.query_expires
         with self._changed:
             if self._closed:
                 return
             for waiting in self._due:
-                if waiting.question == question:
-                    waiting.when, waiting.until = min(waiting.when, when), min(waiting.until, when + _PATIENCE)
+                if waiting.query == query:
+                    waiting.when, waiting.expires = min(waiting.when, when), min(waiting.expires, expires)
                     heapq.heapify(self._due)
                     break
             else:
-                heapq.heappush(self._due, _Due(when, next(self._numbers), question, when + _PATIENCE, stands))
+                pause = self._timings.query_retry_min
+                heapq.heappush(self._due, _Due(when, next(self._numbers), query, expires, recurring, pause))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="inquiries", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="engine queries", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -176,26 +177,26 @@ class Inquiries:
             self._due.clear()
             self._changed.notify_all()
             thread = self._thread
-        until = time.monotonic() + _ANSWER_TIME
+        until = time.monotonic() + self._timings.query_timeout
         while thread is not None and thread.is_alive() and time.monotonic() < until:
             if self._docker is not None:
                 self._docker.abort()
             thread.join(0.05)
 
     def _run(self) -> None:
-        with Docker(self._path, timeout=_ANSWER_TIME) as docker:
+        with Docker(self._path, timeout=self._timings.query_timeout) as docker:
             self._docker = docker
             while (due := self._next()) is not None:
-                if self._is_done(due.question, docker):
+                if self._is_done(due.query, docker):
                     continue
                 due.when = time.monotonic() + due.pause
-                if due.until < math.inf:
-                    due.pause = min(2 * due.pause, _AGAIN[1])
-                if due.when > due.until:
-                    _log.warning("Docker at %s does not tell what it is asked for", self._path)
-                    if not due.stands:
+                if due.expires < math.inf:
+                    due.pause = min(2 * due.pause, self._timings.query_retry_max)
+                if due.when > due.expires:
+                    _log.warning("Docker at %s does not answer what it is asked", self._path)
+                    if not due.recurring:
                         continue
-                    due.pause, due.until = _SLOWLY, math.inf
+                    due.pause, due.expires = self._timings.query_retry_slow, math.inf
                 with self._changed:
                     if not self._closed:
                         heapq.heappush(self._due, due)
@@ -210,14 +211,14 @@ class Inquiries:
             self._thread = None
             return None
 
-    def _is_done(self, question: Question, docker: Docker) -> bool:
+    def _is_done(self, query: Query, docker: Docker) -> bool:
         if is_stopped(self._path):
             return False
         try:
-            return question(docker)
+            return query(docker)
         except (DockerError, Unavailable) as error:
             _log.debug("%s", error)
             return False
-        except Exception:
-            _log.exception("cannot use what Docker told")
+        except BaseException:  # SystemExit, too: a driver's sys.exit must not end this thread
+            _log.exception("cannot use what Docker answered")
             return True

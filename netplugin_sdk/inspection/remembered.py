@@ -9,16 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from netplugin_sdk.core.store import Store
+from netplugin_sdk.core.store import Store, StoredNetwork
 from netplugin_sdk.errors import DriverError, NotFound, Unavailable
-from netplugin_sdk.network import Network
 from netplugin_sdk.protocol.options import DriverOptions
 
 _TRIES = 50
 _WAL_HEADER = 32  # bytes: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 
 
-def read(folder: Path) -> Mapping[str, Network[DriverOptions]]:
+def read(folder: Path) -> Mapping[str, StoredNetwork[DriverOptions]]:
     """The networks by id, with their endpoints; options are to be read raw, since the driver's class is not known.
 
     The plugin holds SQLite's lock, so a copy is read. What the log has counts before what the file has, and the log

@@ -21,13 +21,13 @@ import msgspec
 
 from netplugin_sdk.cnm import remote
 from netplugin_sdk.core.engine_api import DockerError
+from netplugin_sdk.core.store import StoredEndpoint, StoredNetwork
 from netplugin_sdk.errors import DriverError, InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.inspection import engine, kernel, remembered
 from netplugin_sdk.inspection.engine import Engine, EngineEndpoint, EngineNetwork
 from netplugin_sdk.inspection.kernel import Host, Interface, Sight
 from netplugin_sdk.linux.namespaces import Namespace
 from netplugin_sdk.linux.ports import Published
-from netplugin_sdk.network import Endpoint, Network
 from netplugin_sdk.values import IPAddress, IPInterface, TransportProtocol
 
 UNKNOWN_TO_DOCKER = "Docker does not know it"
@@ -185,7 +185,7 @@ def _without_passing(network: InspectedNetwork, differences: tuple[Difference, .
 
 def _look(plugin: str, folder: Path) -> Snapshot:
     sources: dict[str, str] = {}
-    networks: Mapping[str, Network] | None = None
+    networks: Mapping[str, StoredNetwork] | None = None
     found: Engine | None = None
     try:
         networks, sources["state"] = remembered.read(folder), str(folder)
@@ -218,7 +218,7 @@ def _look(plugin: str, folder: Path) -> Snapshot:
 
 
 def _sandboxes(
-    networks: Mapping[str, Network] | None, found: Engine | None
+    networks: Mapping[str, StoredNetwork] | None, found: Engine | None
 ) -> tuple[dict[str, Sight | None], str | None]:
     """What is seen in the sandboxes, by endpoint: None where there is none any more; and why not all were looked at."""
     if os.geteuid() != 0:
@@ -269,7 +269,7 @@ def _is_served(plugin: str, pid: int | None, found: Engine | None) -> bool | Non
 
 def compare(
     plugin: str,
-    networks: Mapping[str, Network] | None,
+    networks: Mapping[str, StoredNetwork] | None,
     found: Engine | None,
     here: Host,
     sandboxes: Mapping[str, Sight | None],
@@ -305,7 +305,7 @@ class _Network:
 
     def __init__(
         self,
-        networks: Mapping[str, Network] | None,
+        networks: Mapping[str, StoredNetwork] | None,
         found: Engine | None,
         here: Host,
         sandboxes: Mapping[str, Sight | None],
@@ -349,7 +349,7 @@ class _Network:
     def _facts(self, interfaces: tuple[Interface, ...], endpoints: set[str]) -> Iterator[Fact]:
         known, listed = self.known, self.listed
         yield _presence(
-            self.has_state, known is not None, self.has_docker, listed is not None, known.row.intent if known else None
+            self.has_state, known is not None, self.has_docker, listed is not None, known.intent if known else None
         )
         yield Fact.compared(
             "subnets",
@@ -391,7 +391,9 @@ class _Network:
 
     # --------------------------------------------------------------------------------------------- its endpoints
 
-    def _endpoint(self, endpoint_id: str, known: Endpoint | None, listed: EngineEndpoint | None) -> InspectedEndpoint:
+    def _endpoint(
+        self, endpoint_id: str, known: StoredEndpoint | None, listed: EngineEndpoint | None
+    ) -> InspectedEndpoint:
         joined = known.join is not None if known else listed is not None and listed.container is not None
         addresses = known.addresses if known else listed.addresses if listed else ()
         mac = str(known.mac_address) if known and known.mac_address else listed.mac if listed else None
@@ -411,7 +413,7 @@ class _Network:
                 known is not None,
                 self.has_docker and self.listed is not None,
                 listed is not None,
-                known.row.intent if known else None,
+                known.intent if known else None,
             ),
             *_container(known, listed),
             *_addresses(known, listed, inside),
@@ -456,7 +458,7 @@ def _presence(has_state: bool, known: bool, asked: bool, listed: bool, intent: s
     return Fact(name="known", state=said if has_state else None, docker=docker if asked else None, wrong=wrong)
 
 
-def _container(known: Endpoint | None, listed: EngineEndpoint | None) -> Iterator[Fact]:
+def _container(known: StoredEndpoint | None, listed: EngineEndpoint | None) -> Iterator[Fact]:
     kept = known.container if known else None
     if kept is not None or listed is not None:
         ours = f"{kept.name} {kept.id[:12]}" if kept else None
@@ -467,7 +469,7 @@ def _container(known: Endpoint | None, listed: EngineEndpoint | None) -> Iterato
         yield Fact(name="container", state=ours, docker=theirs, wrong=wrong)
 
 
-def _addresses(known: Endpoint | None, listed: EngineEndpoint | None, inside: Interface | None) -> Iterator[Fact]:
+def _addresses(known: StoredEndpoint | None, listed: EngineEndpoint | None, inside: Interface | None) -> Iterator[Fact]:
     for version in (4, 6):
         ours = _of(version, known.addresses) if known else None
         theirs = _of(version, listed.addresses) if listed else None
@@ -487,7 +489,7 @@ def _of(version: int, addresses: Iterable[IPInterface]) -> list[IPInterface]:
     return [each for each in addresses if each.version == version]
 
 
-def _in_sandbox(known: Endpoint | None, sight: Sight | None, inside: Interface | None) -> Fact:
+def _in_sandbox(known: StoredEndpoint | None, sight: Sight | None, inside: Interface | None) -> Fact:
     place = known.sandbox.key if known and known.sandbox else None
     if sight is None:
         return Fact(name="inside", state=place, kernel="the sandbox is gone", wrong="its sandbox is gone")
@@ -498,7 +500,7 @@ def _in_sandbox(known: Endpoint | None, sight: Sight | None, inside: Interface |
     )
 
 
-def _routes(known: Endpoint, sight: Sight) -> Iterator[Fact]:
+def _routes(known: StoredEndpoint, sight: Sight) -> Iterator[Fact]:
     """Only of an endpoint that carries its container's default route: with ports, if it has any."""
     answer = msgspec.json.decode(known.join.answer) if known.join else {}
     for key, version in (("Gateway", 4), ("GatewayIPv6", 6)):
@@ -543,7 +545,7 @@ def _other_end(inside: Interface, here: Sight) -> Interface | None:
     return None
 
 
-def _ports(network: Network, endpoint: Endpoint) -> Iterator[Port]:
+def _ports(network: StoredNetwork, endpoint: StoredEndpoint) -> Iterator[Port]:
     """What is published: as the driver has attached it (`linux.ports.Published`); else what was asked for."""
     external = endpoint.external
     if external is None or network.internal:

@@ -629,14 +629,19 @@ class Join(msgspec.Struct, frozen=True):
     static_routes: Iterable[StaticRoute] = ()
     gateway_service: bool = False
 
+    def default_gateways(self, addresses: Iterable[IPInterface]) -> dict[int, IPAddress]:
+        """Those of `gateways` that an endpoint of these addresses gets, by IP version."""
+        subnets = [address.network for address in addresses]
+        chosen: dict[int, IPAddress] = {}
+        for gateway in self.gateways:
+            address = gateway.ip if isinstance(gateway, IPv4Interface | IPv6Interface) else gateway
+            if address.version not in chosen or any(address in subnet for subnet in subnets):
+                chosen[address.version] = address
+        return chosen
+
     def to_wire(self, addresses: Iterable[IPInterface], *, internal: bool) -> dict[str, Any]:
         """The fields of the answer for an endpoint of these addresses."""
-        subnets = [address.network for address in addresses]
-        gateways: dict[int, IPAddress] = {}
-        for gateway in () if internal else self.gateways:
-            address = gateway.ip if isinstance(gateway, IPv4Interface | IPv6Interface) else gateway
-            if address.version not in gateways or any(address in subnet for subnet in subnets):
-                gateways[address.version] = address
+        gateways = {} if internal else self.default_gateways(addresses)
         answer: dict[str, Any] = {
             "Gateway": gateways.get(4),
             "GatewayIPv6": gateways.get(6),
@@ -715,19 +720,3 @@ def same(one: bytes, other: bytes) -> bool:
 def _sorted(body: bytes) -> bytes:
     # As text, since in Python true equals 1.
     return msgspec.json.encode(msgspec.json.decode(body), order="sorted")
-
-
-def only_new(filled: EndpointInterface, *, beside: EndpointInterface) -> EndpointInterface:
-    """What a driver filled in, without what it repeats of the request.
-
-    Raises:
-        ValueError: it changed an address of the request, which the engine would refuse without saying which.
-    """
-    new = {}
-    for field in EndpointInterface.__struct_fields__:
-        asked, given = getattr(beside, field), getattr(filled, field)
-        if asked is None:
-            new[field] = given
-        elif given not in (None, asked):
-            raise ValueError(f"create_endpoint changed {field} {asked} to {given}; it may only fill in what is None")
-    return EndpointInterface(**new)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
+import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgspec
 from typing_extensions import dataclass_transform
@@ -22,6 +24,10 @@ _NATIVE: dict[type, str] = {
     ipaddress.IPv4Network: "IPv4 network",
     ipaddress.IPv6Network: "IPv6 network",
 }
+_COLLECTIONS = (list, tuple, set, frozenset)
+_UNIONS = (typing.Union, types.UnionType)
+_TEXTUAL = (str, int, float, bool, object, *_NATIVE)
+_STANDARD = ("datetime", "decimal", "uuid")  # msgspec reads their classes from text
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
 
 
@@ -40,8 +46,8 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     holds bounds, a pattern, a description. Docker sends every value as a string (protocol: ``CreateNetwork``,
     ``Options["com.docker.network.generic"]``); it is converted to the field's type: str, int, float, bool (true,
     false, 1, 0), an enum, an `ipaddress` type, the SDK's `IPAddress`, `IPInterface` and `IPNetwork` for either
-    version, a class with a ``parse(text)`` class method, or any of these with ``| None``. A field without default is an
-    option that must be given.
+    version, a class with a ``parse(text)`` class method, a list, tuple or set of these (``-o dns=10.0.0.1,10.0.0.2``),
+    or any of these with ``| None``. A field without default is an option that must be given.
 
     A driver that names no class knows no option: any ``-o`` is refused, for nothing is ignored silently. To accept
     what you do not know, subclass with ``forbid_unknown_fields=False`` and read `Network.raw_options`.
@@ -54,11 +60,13 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Raises:
             InvalidOption: one is unknown, missing or cannot be converted; the text lists the known ones.
         """
+        check_types(cls)
         unknown = given.keys() - set(cls.__struct_encode_fields__)
         if unknown and cls.__struct_config__.forbid_unknown_fields:
             raise InvalidOption(f"unknown option {min(unknown)!r}; {cls._known()}")
         try:
-            return msgspec.convert(dict(given), cls, strict=False, dec_hook=from_text)
+            values = {name: _split(text) if name in _lists(cls) else text for name, text in given.items()}
+            return msgspec.convert(values, cls, strict=False, dec_hook=from_text)
         except msgspec.ValidationError as error:
             raise InvalidOption(_explain(str(error), given, cls)) from None
 
@@ -66,6 +74,52 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def _known(cls) -> str:
         names = sorted(cls.__struct_encode_fields__)
         return f"known options: {', '.join(names)}" if names else "this driver has no options"
+
+
+@cache
+def check_types(options: type[DriverOptions]) -> None:
+    """Raise TypeError if a field has a type that no text can be converted to."""
+    for field in msgspec.structs.fields(options):
+        if (wrong := _unconvertible(field.type)) is not None:
+            name = getattr(wrong, "__name__", str(wrong))
+            raise TypeError(
+                f"{options.__name__}.{field.name}: no option can be a {name}, since Docker sends texts; "
+                "a class with a class method parse(text) can"
+            )
+
+
+def _unconvertible(kind: Any, *, inside: bool = False) -> Any:
+    """The part of a field's type that no text can be converted to; None if there is none."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _unconvertible(parts[0], inside=inside)
+    if origin in _UNIONS or ((origin or kind) in _COLLECTIONS and not inside):
+        inside = inside or origin not in _UNIONS
+        found = (_unconvertible(part, inside=inside) for part in parts if part is not Ellipsis)
+        return next((wrong for wrong in found if wrong is not None), None)
+    if isinstance(kind, type):
+        textual = kind in _TEXTUAL or issubclass(kind, enum.Enum | str | types.NoneType)
+        return None if textual or hasattr(kind, "parse") or kind.__module__ in _STANDARD else kind
+    return None if origin is Literal or kind is Any or isinstance(kind, TypeVar) else kind
+
+
+@cache
+def _lists(options: type[DriverOptions]) -> frozenset[str]:
+    """The names of options that are lists, on the wire."""
+    return frozenset(f.encode_name for f in msgspec.structs.fields(options) if _is_list(f.type))
+
+
+def _is_list(kind: Any) -> bool:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _is_list(parts[0])
+    if origin in _UNIONS:
+        return any(_is_list(part) for part in parts)
+    return (origin or kind) in _COLLECTIONS
+
+
+def _split(text: Any) -> Any:
+    return [part.strip() for part in text.split(",")] if isinstance(text, str) and text else []
 
 
 def from_text(wanted: type, text: Any) -> Any:
@@ -83,7 +137,7 @@ def from_text(wanted: type, text: Any) -> Any:
 def _explain(reason: str, given: Mapping[str, str], options: type[DriverOptions]) -> str:
     # msgspec ends its text with the field's place: "Expected `int` >= 68 - at `$.com.docker.network.driver.mtu`".
     reason, _, place = reason.partition(" - at `$.")
-    name = place.rstrip("`")
+    name = re.sub(r"\[[0-9.]*\]$", "", place.rstrip("`"))  # of an option that is a list
     if name in given:
         wanted = reason.removesuffix(", got `str`").replace("`bool`", "true or false").replace("`", "")
         (kind,) = (field.type for field in msgspec.structs.fields(options) if field.encode_name == name)

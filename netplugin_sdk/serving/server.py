@@ -273,7 +273,7 @@ class _Connection:
         if seconds < patience:
             _log.warning("%s has been running for %.0f s:\n%s", call.method, seconds, _stack(call.thread))
             self.deadline = call.began + patience
-        elif call.give_up():
+        elif call.expire():
             self.deadline = math.inf
             _log.error("%s took over %g s: the engine waits no more\n%s", call.method, patience, _stack(call.thread))
             answer = refusal(503, f"{call.method} took over {patience:g} seconds")
@@ -326,7 +326,7 @@ class _Connection:
             answer = self._answer(request, call)
             self._server._answered.append(answer)
             self._call = None
-            if not call.settle():
+            if not call.commit():
                 return False  # the watch has answered
             self.deadline = math.inf
             keep_alive = request.keep_alive and not self._server.stopping

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from netplugin_sdk import (
@@ -14,13 +16,13 @@ from netplugin_sdk import (
     EndpointInterface,
     EndpointOptions,
     Join,
+    Later,
     MacAddress,
     Network,
     NetworkDriver,
     NetworkOptions,
     Node,
     Plugin,
-    Rest,
     Sandbox,
     SkipGateway,
 )
@@ -115,8 +117,10 @@ class ListingEngine:
         return Container(container_id, "web", "busybox")
 
 
-class Crash(BaseException):
-    """The plugin dies here: nothing of the SDK handles it, as nothing handles SIGKILL."""
+def copy_state(folder: Path, into: Path) -> None:
+    """The state folder as SIGKILL would leave it now, for another plugin."""
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(folder, into, ignore=shutil.ignore_patterns("lock"))
 
 
 class Options(DriverOptions):
@@ -147,7 +151,7 @@ class Recorder(NetworkDriver[Options]):
     def create_network(self, network: Network[Options]) -> None:
         self.called("create_network", network)
 
-    def delete_network(self, network: Network[Options]) -> Rest | None:
+    def delete_network(self, network: Network[Options]) -> Later | None:
         self.called("delete_network", network)
         return None
 
@@ -155,7 +159,7 @@ class Recorder(NetworkDriver[Options]):
         self.called("create_endpoint", endpoint)
         return EndpointInterface(mac_address=MAC)
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest | None:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later | None:
         self.called("delete_endpoint", endpoint)
         return None
 

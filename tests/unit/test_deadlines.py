@@ -100,12 +100,12 @@ def test_a_call_in_time_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_call_is_either_answered_or_given_up() -> None:
-    for first, second in ((Call.settle, Call.give_up), (Call.give_up, Call.settle)):
+    for first, second in ((Call.commit, Call.expire), (Call.expire, Call.commit)):
         call = Call()
         assert first(call)
         assert not second(call)
         assert first(call)
-        assert call.given_up is (first is Call.give_up)
+        assert call.expired is (first is Call.expire)
 
 
 # What they make
@@ -120,7 +120,7 @@ def gives_up(call: Call) -> Callable[[Any], None]:
     """For a driver's method: the engine's patience ends in it."""
 
     def hook(_: Any) -> None:
-        assert call.give_up()
+        assert call.expire()
 
     return hook
 
@@ -183,7 +183,7 @@ def test_what_is_too_late_when_its_turn_comes_is_not_begun(method: str, request_
                 break
             docker(before, request)
         driver.since()
-        assert call.give_up()
+        assert call.expire()
         assert begun(docker, method, request_, call)[0] == 503
         assert driver.since() == []
 
@@ -199,7 +199,7 @@ class Untouched(PoolIpamDriver):
 @pytest.mark.parametrize("method", ["RequestPool", "RequestAddress"])
 def test_addresses_are_not_given_to_who_is_gone_when_its_turn_comes(method: str) -> None:
     call = Call()
-    assert call.give_up()
+    assert call.expire()
     with Plugin(Untouched()) as plugin:
         body = json.dumps({"AddressSpace": "LocalDefault", "PoolID": "any", "Address": ""}).encode()
         answer = plugin.handle(f"/IpamDriver.{method}", body, call)
@@ -214,12 +214,12 @@ class SlowPools(PoolIpamDriver):
 
     def request_pool(self, request: PoolRequest) -> Pool:
         given = super().request_pool(request)
-        assert self.call is None or self.call.give_up()
+        assert self.call is None or self.call.expire()
         return given
 
     def request_address(self, request: AddressRequest) -> IPInterface:
         given = super().request_address(request)
-        assert self.call is None or self.call.give_up()
+        assert self.call is None or self.call.expire()
         return given
 
 
@@ -270,10 +270,10 @@ def test_what_is_written_down_already_is_answered() -> None:
         call, late = Call(), list[bool]()
 
         def too_late(_network: object) -> None:
-            late.append(call.give_up())
+            late.append(call.expire())
 
-        assert plugin._reconciler is not None
-        plugin._reconciler._lifecycle.created = too_late
+        networks: Any = plugin._networks
+        networks._comparison.network_created = too_late
         assert begun(Docker(plugin), "CreateNetwork", create_network(), call)[0] == 200
         assert late == [False]
         assert len(driver.networks) == 1
@@ -292,7 +292,7 @@ def test_a_call_that_waited_too_long_is_not_begun() -> None:
             target=lambda: answers.append(begun(docker, "CreateEndpoint", create_endpoint(), call))
         )
         second.start()
-        assert call.give_up()
+        assert call.expire()
         gate.open()
         first.join(PATIENCE)
         second.join(PATIENCE)

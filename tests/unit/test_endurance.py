@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from netplugin_sdk import DriverError, Endpoint, Network, NetworkDriver, Plugin, Rest
+from netplugin_sdk import DriverError, Endpoint, Later, Network, NetworkDriver, Plugin
 from netplugin_sdk.serving.server import Server
 
 from ..patience import PATIENCE
@@ -51,8 +51,8 @@ class Builder(Publisher):
         if method in self.fails:
             raise self.fails[method]
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest | None:
-        return None if int(endpoint.id, 16) % 2 else lambda: None
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later | None:
+        return None if int(endpoint.id, 16) % 2 else Later(lambda: None)
 
 
 def life(docker: Docker, number: int) -> None:

@@ -17,7 +17,8 @@ import pytest
 
 from netplugin_sdk import Unavailable
 from netplugin_sdk.core.engine_api import Docker, DockerError, is_stopped
-from netplugin_sdk.core.workers import Inquiries
+from netplugin_sdk.core.timings import Timings
+from netplugin_sdk.core.workers import EngineQueries
 from netplugin_sdk.values import UsedPool
 
 
@@ -170,12 +171,12 @@ def test_an_engine_that_does_not_answer_does_not_hold_up_the_end(tmp_path: Path)
     with socket.socket(socket.AF_UNIX) as engine:
         engine.bind(str(path))
         engine.listen()
-        inquiries = Inquiries(path)
-        inquiries.ask(lambda docker: bool(docker.networks()))
+        queries = EngineQueries(path, Timings())
+        queries.ask(lambda docker: bool(docker.networks()))
         client, _ = engine.accept()
         with client:
             assert client.recv(100).startswith(b"GET /networks")
-            ending = threading.Thread(target=inquiries.close)
+            ending = threading.Thread(target=queries.close)
             ending.start()
             ending.join(5)
             assert not ending.is_alive()

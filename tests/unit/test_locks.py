@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope
-from netplugin_sdk.core import lifecycle
-from netplugin_sdk.core import recovery as reconcile
+from netplugin_sdk import Container, Endpoint, Network, Plugin, Scope, Timings
+from netplugin_sdk.core import networks, pools
 from netplugin_sdk.core.store import Store
 from netplugin_sdk.core.workers import Locks
 from netplugin_sdk.database import Database
@@ -78,7 +77,7 @@ class Lab:
     """The locks of all, and what was done while which of them were held."""
 
     def __init__(self) -> None:
-        self.locks = Locks()
+        self.locks = Locks(0.0)
         self.done: list[tuple[str, set[str]]] = []
 
     def note(self, what: str) -> None:
@@ -88,8 +87,8 @@ class Lab:
         """What the driver was asked for."""
         return [(what, held) for what, held in self.done if what.islower()]  # a statement has capitals
 
-    def start(self, folder: Path | None = None) -> Docker:
-        return Docker(Plugin(Noting(self), PoolIpamDriver(local=()), state=folder))
+    def start(self, folder: Path | None = None, timings: Timings | None = None) -> Docker:
+        return Docker(Plugin(Noting(self), PoolIpamDriver(local=()), state=folder, timings=timings))
 
     def keeps_away(self, docker: Docker, method: str) -> bool:
         """Whether nothing happens while somebody else holds one of the method's locks."""
@@ -133,11 +132,12 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
         lab.note(statement)
         return write(self, statement, *values, **options)
 
-    def hold_at_once(self: Locks, key: str, patience: float = 0.0) -> Any:
+    def hold_at_once(self: Locks, key: str, wait: float | None = None) -> Any:
         return hold(self, key, 0.0)
 
     monkeypatch.setattr(Locks, "hold", hold_at_once)
-    monkeypatch.setattr(lifecycle, "Locks", lambda: lab.locks)
+    for module in (networks, pools):
+        monkeypatch.setattr(module, "Locks", lambda _: lab.locks)
     monkeypatch.setattr(Database, "write", noted)
     return lab
 
@@ -164,8 +164,8 @@ def test_all_that_a_method_does_is_done_with_the_lock(lab: Lab) -> None:
 def test_what_is_known_is_changed_by_one_thread_at_a_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     docker = lab.start()
     plugin: Any = docker.plugin
-    store, pools, network_lifecycle = plugin._store, plugin._ipam, plugin._reconciler._lifecycle
-    numbers = network_lifecycle._allocations._pools["vni"]
+    half, driver = plugin._networks, plugin._halves[1]._driver
+    store, numbers = half._store, half._allocations._pools["vni"]
     seen, bare = set(), []
 
     def watch(owner: type, name: str, lock_of: Callable[[object], Any]) -> None:
@@ -179,10 +179,10 @@ def test_what_is_known_is_changed_by_one_thread_at_a_time(lab: Lab, monkeypatch:
 
         monkeypatch.setattr(owner, name, watched)
 
-    guard, peers = network_lifecycle._allocations._guard, network_lifecycle.peers
-    watch(Database, "write", lambda it: store._lock if it is store._database else pools._lock)
+    guard, peers = half._allocations._guard, half._peers
+    watch(Database, "write", lambda it: store._lock if it is store._database else driver._lock)
     for name in ("take", "allocate", "hold", "release"):
-        watch(NumberPool, name, lambda it: guard if it is numbers else pools._lock)
+        watch(NumberPool, name, lambda it: guard if it is numbers else driver._lock)
     for name in ("save_node", "forget_node"):
         watch(Store, name, lambda _: peers._lock)
     for address in ("192.0.2.1", "192.0.2.2"):  # of this node
@@ -218,20 +218,20 @@ def test_what_nobody_called_for_is_done_with_the_lock_too(lab: Lab, tmp_path: Pa
     assert [what for what, held in told if held != {NETWORK}] == []
 
 
-def test_what_docker_tells_is_acted_on_with_the_lock(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "_MISSING", 0.0)
-    docker, engine = lab.start(), ListingEngine()
+def test_what_docker_tells_is_acted_on_with_the_lock(lab: Lab) -> None:
+    docker, engine = lab.start(timings=Timings(missing_grace=0.0)), ListingEngine()
     for method in ("CreateNetwork", "CreateEndpoint", "Join"):
         docker(method, LIFE[f"NetworkDriver.{method}"][0])
     (network,) = docker.plugin.networks.values()
-    reconciler: Any = docker.plugin._reconciler
+    plugin: Any = docker.plugin
+    comparison = plugin._networks._comparison
     lab.done.clear()
-    reconciler._ask_for_container(network, network.endpoints[ENDPOINT], engine)
-    reconciler._compare(engine)
+    comparison._ask_for_container(network.endpoints[ENDPOINT], engine)
+    comparison._compare(engine)
     engine.listed[NETWORK] = {}
-    reconciler._compare(engine)
+    comparison._compare(engine)
     engine.listed = {}
-    reconciler._compare(engine)
+    comparison._compare(engine)
     told = lab.told()
     assert [what for what, _ in told] == ["container_attached", "leave", "delete_endpoint", "delete_network"]
     assert [what for what, held in told if held != {NETWORK}] == []

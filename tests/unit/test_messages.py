@@ -865,29 +865,6 @@ def test_other_content_is_not_the_same(other: bytes) -> None:
     assert not m.same(b'{"a":1,"b":[1,2]}', other)
 
 
-def test_only_what_the_request_left_out_is_new() -> None:
-    asked = EndpointInterface(address=IPv4Interface("172.18.0.2/16"))
-    mac = MacAddress("02:42:0a:7b:00:4d")
-    filled = EndpointInterface(address=IPv4Interface("172.18.0.2/16"), mac_address=mac)
-    assert m.only_new(filled, beside=asked) == EndpointInterface(mac_address=mac)
-    assert m.only_new(EndpointInterface(), beside=asked) == EndpointInterface()
-    assert m.only_new(filled, beside=EndpointInterface()) == filled
-
-
-@pytest.mark.parametrize(
-    ("filled", "text"),
-    [
-        (EndpointInterface(address=IPv4Interface("172.18.0.3/16")), "address 172.18.0.2/16 to 172.18.0.3/16"),
-        (EndpointInterface(address=IPv4Interface("172.18.0.2/24")), "address 172.18.0.2/16 to 172.18.0.2/24"),
-        (EndpointInterface(mac_address=MacAddress("02:00:00:00:00:02")), "mac_address 02:00:00:00:00:01 to 02:00:"),
-    ],
-)
-def test_what_the_request_held_cannot_be_changed(filled: EndpointInterface, text: str) -> None:
-    asked = EndpointInterface(address=IPv4Interface("172.18.0.2/16"), mac_address=MacAddress("02:00:00:00:00:01"))
-    with pytest.raises(ValueError, match=f"create_endpoint changed {text}"):
-        m.only_new(filled, beside=asked)
-
-
 def test_an_answer_may_hold_a_text_of_a_class_of_the_drivers() -> None:
     class Prefix(str):
         __slots__ = ()

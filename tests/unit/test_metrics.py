@@ -23,11 +23,11 @@ from .lab import (
     ENDPOINT,
     NETWORK,
     OTHER_ENDPOINT,
-    Crash,
     Docker,
     Options,
     Publisher,
     Recorder,
+    copy_state,
     create_endpoint,
     create_network,
     of,
@@ -151,14 +151,13 @@ def test_what_the_plugin_has_is_shown(exported: Exported) -> None:
 
 def test_repairs_are_counted_by_their_kind(tmp_path: Path) -> None:
     driver, port = Recorder(), free_port()
-    with Plugin(driver, state=tmp_path) as plugin:
+    with Plugin(driver, state=tmp_path / "living") as plugin:
         docker = Docker(plugin)
         docker("CreateNetwork", create_network())
-        driver.fails["create_endpoint"] = Crash()
-        with pytest.raises(Crash):
-            docker("CreateEndpoint", create_endpoint())
+        driver.hooks["create_endpoint"] = lambda _: copy_state(tmp_path / "living", tmp_path / "killed")
+        docker("CreateEndpoint", create_endpoint())
     driver = Recorder()
-    with Plugin(driver, state=tmp_path) as plugin, exporting(plugin, "l2", "127.0.0.1", port):
+    with Plugin(driver, state=tmp_path / "killed") as plugin, exporting(plugin, "l2", "127.0.0.1", port):
         assert Scrape(port).all("repairs_total") == {("reconciled",): 1, ("half_done",): 1}
         driver.fails["create_network"] = DriverError("no")
         plugin.reconcile()
@@ -204,7 +203,7 @@ def test_a_call_that_was_given_up_counts_as_what_the_engine_was_told() -> None:
     port = free_port()
     with Plugin(Echo()) as plugin, exporting(plugin, "echo", "127.0.0.1", port):
         call = Call()
-        assert call.give_up()
+        assert call.expire()
         assert plugin.handle("/NetworkDriver.GetCapabilities", b"", call).status == 503
         found = Scrape(port)
     assert found.all("calls_total") == {("NetworkDriver.GetCapabilities", "503"): 1}

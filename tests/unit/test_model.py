@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -29,11 +29,11 @@ from netplugin_sdk import (
     EndpointInterface,
     EndpointOptions,
     Join,
+    Later,
     MacAddress,
     Network,
     NetworkDriver,
     Plugin,
-    Rest,
     Sandbox,
     Unavailable,
 )
@@ -49,7 +49,7 @@ MEMORY = Path("/dev/shm")
 CREATORS = ("create_network", "create_endpoint", "join", "program", "restore")
 REMOVERS = ("delete_network", "delete_endpoint", "leave", "revoke")
 TOGETHER = (
-    *(CREATORS, REMOVERS, CREATORS + REMOVERS, CREATORS + REMOVERS, ("rest",), ("rest",)),
+    *(CREATORS, REMOVERS, CREATORS + REMOVERS, CREATORS + REMOVERS, ("late work",), ("late work",)),
     *((method,) for method in REMOVERS),
 )
 """Methods of the driver that fail in the same call."""
@@ -68,7 +68,7 @@ WEIGHTS = {
 NEED_AN_ENDPOINT = ("Join", "ProgramExternalConnectivity")
 EXTERNAL = {"ProgramExternalConnectivity", "RevokeExternalConnectivity"}
 EXISTENCE = {"CreateEndpoint", "DeleteEndpoint"}
-ENDPOINTS_REMOVERS = ("revoke", "leave", "delete_endpoint", "rest")
+ENDPOINTS_REMOVERS = ("revoke", "leave", "delete_endpoint", "late work")
 
 Fact: TypeAlias = tuple[str, ...]
 """Something that a driver has made: what, of which network, of which endpoint."""
@@ -85,7 +85,7 @@ class Builder(NetworkDriver[Options]):
 
     def __init__(self, world: set[Fact]) -> None:
         self.world = world
-        self.rests = False
+        self.late = False
         self.failing: Failing = {}
         self.ran: list[str] = []
         self.raised: dict[str, Exception] = {}
@@ -104,7 +104,7 @@ class Builder(NetworkDriver[Options]):
                 self.at_moment()
             self.moment -= 1
             if error is not None and fails_after is changed:
-                later = threading.current_thread().name == "rests"
+                later = threading.current_thread().name == "late work"
                 (self.raised_later if later else self.raised)[method] = error
                 raise error
 
@@ -114,29 +114,29 @@ class Builder(NetworkDriver[Options]):
     def remove(self, *start: str) -> None:
         self.world -= {fact for fact in self.world if fact[: len(start)] == start}
 
-    def later(self, method: str, change: Callable[[], object]) -> Rest | None:
-        if not self.rests:
+    def later(self, method: str, change: Callable[[], object]) -> Later | None:
+        if not self.late:
             self.run(method, change)
             return None
         self.run(method, lambda: None)
-        return partial(self.run, "rest", change)
+        return Later(self.run, "late work", change)
 
     def create_network(self, network: Network[Options]) -> None:
         self.run("create_network", lambda: self.make("network", network.id))
 
-    def delete_network(self, network: Network[Options]) -> Rest | None:
+    def delete_network(self, network: Network[Options]) -> Later | None:
         return self.later("delete_network", lambda: self.remove("network", network.id))
 
     def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface:
         self.run("create_endpoint", lambda: self.make("endpoint", network.id, endpoint.id))
         return EndpointInterface(mac_address=MacAddress.random())
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest | None:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later | None:
         return self.later("delete_endpoint", lambda: self.remove("endpoint", network.id, endpoint.id))
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         self.run("join", lambda: self.make("join", network.id, endpoint.id))
-        return Join(endpoint.interface_name("vc"), prefix=MacAddress.random())
+        return Join(endpoint.interface_name("vc"), prefix=f"e{secrets.token_hex(5)}")
 
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         self.run("leave", lambda: self.remove("join", network.id, endpoint.id))
@@ -414,15 +414,15 @@ class Sequences(RuleBasedStateMachine):
         how=st.sampled_from(("go on", "go on", "go on", "go on", "again", "anything")),
         pick=st.integers(0, 2**20),
         failing=st.just({}) | st.just({}) | FAILING,
-        rests=st.booleans(),
+        late=st.booleans(),
         moment=st.just(-1) | st.just(-1) | st.integers(0, 4),
     )
-    def ask(self, *, how: str, pick: int, failing: Failing, rests: bool, moment: int) -> None:
+    def ask(self, *, how: str, pick: int, failing: Failing, late: bool, moment: int) -> None:
         choice = {"go on": self.possible(), "again": self.asked[-2:], "anything": ANYTHING}[how]
         if choice := [asked for asked in choice if not self.is_haunted(asked)]:
             asked = choice[pick % len(choice)]
             self.asked.append(asked)
-            self.call(asked, failing, rests, moment)
+            self.call(asked, failing, late, moment)
 
     def possible(self) -> list[Asked]:
         """What the driver is asked to do. More often to make than to remove, to get anywhere."""
@@ -443,9 +443,9 @@ class Sequences(RuleBasedStateMachine):
             return network in ghosts
         return network in ghosts or endpoint in ghosts
 
-    def call(self, asked: Asked, failing: Failing, rests: bool, moment: int) -> None:
+    def call(self, asked: Asked, failing: Failing, late: bool, moment: int) -> None:
         driver = self.driver
-        driver.failing, driver.rests, driver.moment = failing, rests or "rest" in failing, moment
+        driver.failing, driver.late, driver.moment = failing, late or "late work" in failing, moment
         driver.ran, driver.raised, driver.raised_later = [], {}, {}
         kept: list[set[Fact]] = []
 
@@ -456,7 +456,8 @@ class Sequences(RuleBasedStateMachine):
 
         driver.at_moment = keep
         status, content = self.docker.ask(asked.operation, asked.request)
-        self.plugin._rests()
+        networks: Any = self.plugin._networks
+        networks._teardown.wait()
         driver.failing, driver.moment = {}, -1
         what = "killed" if kept else f"{status}"
         self.happened[f"{asked.operation} {what}"] += 1
@@ -562,7 +563,7 @@ class Sequences(RuleBasedStateMachine):
             found = self.driver.networks[id_].endpoints if id_ in self.driver.networks else {}
             for endpoint_id, endpoint in network.endpoints.items():
                 if endpoint.half or network.half:
-                    intent = found[endpoint_id].row.intent if endpoint_id in found else "DeleteEndpoint"
+                    intent = _intent(found[endpoint_id]) if endpoint_id in found else "DeleteEndpoint"
                     endpoint.half = (endpoint.half & {"Join"}) | ({intent} if intent else set())
 
     def take_over_ghosts(self) -> None:
@@ -626,3 +627,10 @@ def test_any_sequence_goes_as_the_naive_model_says(caplog: pytest.LogCaptureFixt
     if wanted is None:  # what is never reached is not tested
         reached = [happened[f"{operation} {what}"] for operation in WEIGHTS for what in ("200", "killed")]
         assert min(*reached, happened["failed after the answer"]) >= volume(1, 6), happened
+
+
+def _intent(endpoint: Endpoint) -> str | None:
+    """What is half done with it, as it is on disk."""
+    stored: Any = endpoint
+    intent: str | None = stored.intent
+    return intent

@@ -10,30 +10,31 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import Container, Endpoint, Network, Plugin
-from netplugin_sdk.core import recovery as reconcile
+from netplugin_sdk import Container, Endpoint, Network, Plugin, Timings
+from netplugin_sdk.core import comparison, pools
 from netplugin_sdk.core.engine_api import DockerError
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.values import UsedPool
 
 from .lab import ENDPOINT, NETWORK, Docker, ListingEngine, Options, Recorder, create_network, of
 
-SOON, MISSING, LATER = reconcile._TOLD, reconcile._MISSING, reconcile._EVERY
+TIMINGS = Timings()
+SOON, MISSING, LATER = TIMINGS.engine_grace, TIMINGS.missing_grace, TIMINGS.compare_every
 
 
 class Asked:
-    """Takes the place of what asks Docker: a question's name, in how many seconds, and whether it stands."""
+    """Takes the place of what asks Docker: a question's name, in how many seconds, and whether it is recurring."""
 
     questions: dict[str, Callable[[Any], bool]]
     since_: list[tuple[str, float, bool]]
 
-    def __init__(self, _path: Path) -> None:
+    def __init__(self, _path: Path, _timings: Timings) -> None:
         pass
 
-    def ask(self, question: Any, delay: float = 0.0, *, stands: bool = False) -> None:
+    def ask(self, question: Any, delay: float = 0.0, *, recurring: bool = False) -> None:
         name = (question.func if isinstance(question, partial) else question).__name__
         self.questions[name] = question
-        self.since_.append((name, delay, stands))
+        self.since_.append((name, delay, recurring))
 
     def close(self) -> None:
         pass
@@ -62,7 +63,8 @@ class Engine(ListingEngine):
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Docker]:
-    monkeypatch.setattr(reconcile, "Inquiries", Asked)
+    for module in (comparison, pools):
+        monkeypatch.setattr(module, "EngineQueries", Asked)
     monkeypatch.setattr(Asked, "questions", {}, raising=False)
     monkeypatch.setattr(Asked, "since_", [], raising=False)
     with Plugin(Curious(), PoolIpamDriver(local=()), state=tmp_path, docker=tmp_path / "docker.sock") as plugin:
@@ -87,8 +89,8 @@ def test_docker_is_asked_when_something_may_have_changed_there(docker: Docker) -
     docker.refused("Leave")  # without its content: the engine's second try
     assert Asked.since() == [NETWORKS_SOON, POOLS_SOON]
     docker.plugin.reconcile()
-    reconciler: Any = docker.plugin._reconciler
-    reconciler._repairs.wait()
+    plugin: Any = docker.plugin
+    plugin._networks._recovery._worker.wait()
     container, networks, pools = sorted(Asked.since())
     assert container == ("_ask_for_container", 0.0, False), "it is not known yet"
     assert (networks, pools) == (("_compare", 0.0, True), ("_tell", 0.0, True))

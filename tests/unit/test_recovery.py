@@ -9,7 +9,7 @@ import socketserver
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler
@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from msgspec import structs
 
 from netplugin_sdk import (
     Container,
@@ -27,9 +28,11 @@ from netplugin_sdk import (
     Network,
     Plugin,
     Scope,
+    Timings,
     losses,
 )
-from netplugin_sdk.core import recovery, workers
+from netplugin_sdk.core import recovery
+from netplugin_sdk.core.comparison import Comparison
 from netplugin_sdk.core.engine_api import Docker as Engine
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.values import UsedPool
@@ -138,22 +141,19 @@ def engine(tmp_path: Path) -> Iterator[Listed]:
         thread.join()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds are shorter here."""
-    monkeypatch.setattr(recovery, "_MISSING", 0.2)
-    monkeypatch.setattr(recovery, "_TOLD", 0.0)
+SHORT = Timings(missing_grace=0.2, engine_grace=0.0)
+PATIENT = structs.replace(SHORT, missing_grace=LONG)
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Recorder], Docker]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Docker]]:
     """Starts a plugin with this driver, on the same disk each time."""
     running: list[Plugin] = []
 
-    def start(driver: Recorder) -> Docker:
+    def start(driver: Recorder, timings: Timings = SHORT) -> Docker:
         for plugin in running:
             plugin.close()
-        running[:] = [Plugin(driver, state=tmp_path / "state", docker=tmp_path / "docker.sock")]
+        running[:] = [Plugin(driver, state=tmp_path / "state", docker=tmp_path / "docker.sock", timings=timings)]
         return Docker(running[0])
 
     yield start
@@ -161,7 +161,17 @@ def serve(tmp_path: Path) -> Iterator[Callable[[Recorder], Docker]]:
         plugin.close()
 
 
-Serve = Callable[[Recorder], Docker]
+Serve = Callable[..., Docker]
+
+
+def stored(driver: Recorder) -> Mapping[str, Any]:
+    """The driver's networks with what the SDK keeps of them."""
+    return driver.networks
+
+
+def half(docker: Docker) -> Any:
+    """What serves the network driver."""
+    return docker.plugin._networks
 
 
 def stays(condition: Callable[[], object], missing: float = 0.2) -> bool:
@@ -181,7 +191,7 @@ def served_and_listed(engine: Listed, serve: Serve) -> tuple[Recorder, Docker]:
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the list to be seen")
+    wait_for(lambda: stored(driver)[NETWORK].engine, "the list to be seen")
     return driver, docker
 
 
@@ -191,7 +201,7 @@ def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: S
     engine.networks = {NETWORK: {}, OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker("CreateNetwork", create_network(OTHER_NETWORK))
-    wait_for(lambda: all(n.attached(recovery.Listed) for n in driver.networks.values()), "the list to be seen")
+    wait_for(lambda: all(n.engine for n in stored(driver).values()), "the list to be seen")
     del engine.networks[NETWORK]
     docker.plugin.reconcile()
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
@@ -268,21 +278,18 @@ def test_an_engine_that_does_not_answer_removes_nothing(engine: Listed, serve: S
     wait_for(lambda: not driver.networks, "the removal, once it answers")
 
 
-def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve) -> None:
     """The engine lists a network only when all of its creation is done."""
-    monkeypatch.setattr(recovery, "_MISSING", LONG)
     driver = Recorder()
-    docker = serve(driver)
+    docker = serve(driver, PATIENT)
     engine.networks = {OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker("CreateNetwork", create_network(OTHER_NETWORK))
-    reconciler = docker.plugin._reconciler
-    assert reconciler is not None
     docker.plugin.reconcile()  # one that came while the second was made did not know that
-    wait_for(lambda: NETWORK in reconciler._missing, "a look that misses it")
+    wait_for(lambda: NETWORK in half(docker)._comparison._missing, "a look that misses it")
     engine.networks[NETWORK] = {}
     docker.plugin.reconcile()
-    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the next look")
+    wait_for(lambda: stored(driver)[NETWORK].engine, "the next look")
     assert len(driver.networks) == 2
 
 
@@ -324,27 +331,22 @@ def test_a_swarms_network_that_was_never_listed_is_removed_by_its_node(
         assert stays(lambda: driver.networks)
 
 
-def test_a_swarms_network_that_is_asked_for_again_stays(
-    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recovery, "_MISSING", LONG)
+def test_a_swarms_network_that_is_asked_for_again_stays(engine: Listed, serve: Serve) -> None:
     driver = Swarm()
-    docker = serve(driver)
+    docker = serve(driver, PATIENT)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the first look")
+    wait_for(lambda: stored(driver)[NETWORK].engine, "the first look")
     engine.networks, engine.elsewhere = {}, {NETWORK}
     docker.plugin.reconcile()
-    reconciler = docker.plugin._reconciler
-    assert reconciler is not None
-    wait_for(lambda: NETWORK in reconciler._missing, "the next look")
+    wait_for(lambda: NETWORK in half(docker)._comparison._missing, "the next look")
     driver.since()
     docker("CreateNetwork", create_network())
     assert driver.since() == ["leave", "delete_endpoint"]  # the engine has forgotten it
     engine.networks, engine.elsewhere = {NETWORK: {ENDPOINT: "c1"}}, set()
     docker.run()
-    monkeypatch.setattr(recovery, "_MISSING", 0.2)  # who is still on the list of the missing goes now
+    half(docker)._comparison._timings = SHORT  # what is still on the list of the missing goes now
     docker.plugin.reconcile()
     assert stays(lambda: set(driver.networks[NETWORK].endpoints) == {ENDPOINT})
 
@@ -357,19 +359,19 @@ def test_a_network_that_is_asked_for_while_its_removal_waits_stays(
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the first look")
+    wait_for(lambda: stored(driver)[NETWORK].engine, "the first look")
     entered, go_on, removes = threading.Event(), threading.Event(), threading.Event()
-    remove = recovery.Reconciler._remove
+    remove = Comparison._remove
 
     def wait(_: object) -> None:
         entered.set()
         go_on.wait(PATIENCE)
 
-    def removing(reconciler: recovery.Reconciler[Options], record: Network[Options] | Endpoint) -> None:
+    def removing(comparison: Comparison[Options], record: Any) -> None:
         removes.set()
-        remove(reconciler, record)
+        remove(comparison, record)
 
-    monkeypatch.setattr(recovery.Reconciler, "_remove", removing)
+    monkeypatch.setattr(Comparison, "_remove", removing)
 
     driver.hooks = {"delete_endpoint": wait}
     asking = threading.Thread(target=docker, args=("CreateNetwork", create_network()))
@@ -425,28 +427,26 @@ def test_what_was_lost_on_its_way_is_found(engine: Listed, serve: Serve, method:
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
 
 
-def test_what_docker_forgets_without_a_word_is_found(
-    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_docker_forgets_without_a_word_is_found(engine: Listed, serve: Serve) -> None:
     """As an engine with live-restore does that was killed: when it is back it calls nobody."""
-    monkeypatch.setattr(recovery, "_EVERY", 0.1)
-    driver, docker = with_one_that_docker_forgets(engine, serve)
+    driver, docker = with_one_that_docker_forgets(
+        engine, partial(serve, timings=structs.replace(SHORT, compare_every=0.1))
+    )
     wait_for(lambda: set(driver.networks[NETWORK].endpoints) == {OTHER_ENDPOINT}, "the removal")
     assert docker.plugin.repairs["unknown_to_docker"] == 1
 
 
 def test_an_engine_that_is_away_for_long_is_still_asked(
-    engine: Listed, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Listed, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
-    monkeypatch.setattr(workers, "_SLOWLY", 0.2)
-    driver, docker = served_and_listed(engine, serve)
+    timings = structs.replace(SHORT, query_expires=0.1, query_retry_slow=0.2)
+    driver, docker = served_and_listed(engine, partial(serve, timings=timings))
     engine.broken = True
     docker.plugin.reconcile()
-    wait_for(lambda: "does not tell" in caplog.text, "the warning")
+    wait_for(lambda: "does not answer" in caplog.text, "the warning")
     asked = len(engine.asked)
     wait_for(lambda: len(engine.asked) > asked + 2, "more questions")
-    assert caplog.text.count("does not tell") == 1
+    assert caplog.text.count("does not answer") == 1
     engine.broken, engine.networks = False, {}
     wait_for(lambda: not driver.networks, "the removal, once it answers")
 
@@ -521,14 +521,14 @@ def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypat
     clock = Clock()
     monkeypatch.setattr(recovery, "time", clock)
     with Plugin(Recorder()) as plugin:
-        reconciler: Any = plugin._reconciler
-        reconciler._closing = clock
+        networks: Any = plugin._networks
+        networks._recovery._closing = clock
 
         def lose(times: int) -> list[float]:
             clock.waits.clear()
             for _ in range(times):
                 losses.tell("br-1 vanished")
-                reconciler._repairs.wait()
+                networks._recovery._worker.wait()
             return clock.waits
 
         assert lose(10) == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
@@ -539,8 +539,7 @@ def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypat
         assert plugin.repairs["lost"] == 13
 
 
-def test_the_end_waits_for_a_repair_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "_BURST", 0.0)
+def test_the_end_waits_for_a_repair_that_has_begun() -> None:
     driver, begun, ended = Recorder(), threading.Event(), threading.Event()
     too_early: list[bool] = []
 
@@ -548,7 +547,7 @@ def test_the_end_waits_for_a_repair_that_has_begun(monkeypatch: pytest.MonkeyPat
         begun.set()
         too_early.append(ended.wait(MOMENT))
 
-    with Plugin(driver) as plugin:
+    with Plugin(driver, timings=Timings(repair_delay_min=0.0)) as plugin:
         Docker(plugin)("CreateNetwork", create_network())
         driver.hooks = {"create_network": repair}
         losses.tell("br-1 vanished")
@@ -655,7 +654,7 @@ def test_docker_is_not_asked_from_inside_a_call(
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: driver.networks[NETWORK].attached(recovery.Listed), "the SDK's own question")
+    wait_for(lambda: stored(driver)[NETWORK].engine, "the SDK's own question")
     engine.asked.clear()
     status, text = docker.refused("CreateEndpoint", create_endpoint())
     assert status == 500
@@ -714,15 +713,14 @@ def test_a_loss_makes_the_drivers_own_methods_bring_it_back(
     docker("CreateEndpoint", create_endpoint(endpoint=OTHER_ENDPOINT))
     driver.since()
     pauses: list[float] = []
-    burst, reconciler = threading.Event(), docker.plugin._reconciler
-    assert reconciler is not None
+    burst = threading.Event()
 
     def wait(pause: float) -> bool:
         pauses.append(pause)
         assert burst.wait(PATIENCE)
         return False
 
-    monkeypatch.setattr(reconciler._closing, "wait", wait)
+    monkeypatch.setattr(half(docker)._recovery._closing, "wait", wait)
     for _ in range(10):
         losses.tell("interface br-1 is gone")
     burst.set()

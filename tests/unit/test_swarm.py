@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from netplugin_sdk import AllocateNetwork, Network, Node, Plugin, Scope, Unavailable
-from netplugin_sdk.core import store, swarm
+from netplugin_sdk import AllocateNetwork, Network, Node, Plugin, Scope, Timings, Unavailable
+from netplugin_sdk.core import swarm
 from netplugin_sdk.core.store import Store
 from tests.patience import PATIENCE
 from tests.unit.lab import (
     NETWORK,
     OTHER_NETWORK,
-    Crash,
     Docker,
     Everything,
     Options,
     Recorder,
+    copy_state,
     create_network,
     joining,
     of,
@@ -59,10 +59,11 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     """Starts the plugin of a manager, by its folder's name; one that runs there already has been killed."""
     plugins: dict[str, Plugin] = {}
 
-    def start(driver: Recorder, name: str = "a") -> Docker:
+    def start(driver: Recorder, name: str = "a", *, node_lost: float = 0.0) -> Docker:
         if name in plugins:
             plugins.pop(name).close()
-        plugin = plugins[name] = Plugin(driver, state=tmp_path / name, docker=None)
+        timings = Timings(node_lost=node_lost)
+        plugin = plugins[name] = Plugin(driver, state=tmp_path / name, docker=None, timings=timings)
         docker = Docker(plugin)
         docker("GetCapabilities")
         return docker
@@ -246,7 +247,7 @@ def test_a_network_in_use_keeps_what_it_has_if_it_cannot_be_allocated_again(mana
 
 
 @pytest.mark.parametrize("method", ["allocate_network", "free_network"])
-def test_a_manager_that_is_killed_in_the_driver(manager: Manager, method: str) -> None:
+def test_a_manager_that_is_killed_in_the_driver(manager: Manager, tmp_path: Path, method: str) -> None:
     class Dies(Overlay):
         def free_network(self, network_id: str) -> None:
             self.called("free_network")
@@ -257,11 +258,10 @@ def test_a_manager_that_is_killed_in_the_driver(manager: Manager, method: str) -
     docker("FreeNetwork", of(ONE))
     if method == "free_network":
         docker("AllocateNetwork", allocate())
-    driver.fails = {method: Crash()}
-    with pytest.raises(Crash):
-        docker(*(("FreeNetwork", of(ONE)) if method == "free_network" else ("AllocateNetwork", allocate())))
+    driver.hooks = {method: lambda _: copy_state(tmp_path / "a", tmp_path / "killed")}
+    docker(*(("FreeNetwork", of(ONE)) if method == "free_network" else ("AllocateNetwork", allocate())))
     driver = Dies()
-    docker = manager(driver)
+    docker = manager(driver, "killed")
     assert driver.allocations.keys() == ({ONE} if method == "free_network" else set())
     if method == "free_network":
         docker("FreeNetwork", of(ONE))
@@ -271,20 +271,8 @@ def test_a_manager_that_is_killed_in_the_driver(manager: Manager, method: str) -
     assert vni(manager(Dies(), "b")("AllocateNetwork", allocate())) == number
 
 
-def test_an_answer_that_was_lost_with_the_manager_is_given_again(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    docker = manager(Overlay())
-    with monkeypatch.context() as patched:
-
-        def save_and_die(store: Store[Any], *what: Any) -> None:
-            real(store, *what)
-            raise Crash
-
-        real = Store.save_allocation
-        patched.setattr(Store, "save_allocation", save_and_die)
-        with pytest.raises(Crash):
-            docker("AllocateNetwork", allocate())
+def test_an_answer_that_was_lost_with_the_manager_is_given_again(manager: Manager) -> None:
+    manager(Overlay())("AllocateNetwork", allocate())
     driver = Overlay()
     docker = manager(driver)
     assert docker("AllocateNetwork", allocate()) == {"Options": driver.allocations[ONE]}
@@ -389,12 +377,14 @@ def test_numbers_that_cannot_be(driver_type: type[Recorder], text: str, tmp_path
 
 
 def test_a_file_from_before_swarms_is_brought_up_to_date(tmp_path: Path, manager: Manager) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store, "_MIGRATIONS", store._MIGRATIONS[:1])
-        patched.setattr(Store, "_load", lambda _: None)
-        docker = manager(Recorder())
-        docker("CreateNetwork", create_network())
-        docker.plugin.close()
+    docker = manager(Recorder())
+    docker("CreateNetwork", create_network())
+    docker.plugin.close()
+    with closing(sqlite3.connect(tmp_path / "a" / "state.db")) as db, db:
+        db.executescript(
+            "DROP TABLE allocations; DROP TABLE nodes; ALTER TABLE networks DROP COLUMN engine;"
+            "ALTER TABLE endpoints DROP COLUMN container; PRAGMA user_version = 1"
+        )
     driver = Overlay()
     docker = manager(driver)
     assert set(driver.networks) == {NETWORK}
@@ -452,7 +442,6 @@ class Timers:
 def timers(monkeypatch: pytest.MonkeyPatch) -> Timers:
     made = Timers()
     monkeypatch.setattr(swarm, "threading", SimpleNamespace(Lock=threading.Lock, Timer=made.make))
-    monkeypatch.setattr(swarm, "_LOST", 0.0)
     return made
 
 
@@ -668,24 +657,22 @@ def test_a_network_that_is_half_deleted_is_told_of_nobody(manager: Manager) -> N
     assert peers(driver) == ["10.0.0.2"]
 
 
-@pytest.mark.parametrize(("method", "event", "left"), [("New", "joined", ["10.0.0.2"]), ("Delete", "left", [])])
+@pytest.mark.parametrize(("method", "left"), [("New", ["10.0.0.2"]), ("Delete", [])])
 def test_a_plugin_that_is_killed_while_it_tells(
-    manager: Manager, timers: Timers, method: str, event: str, left: list[str]
+    manager: Manager, timers: Timers, tmp_path: Path, method: str, left: list[str]
 ) -> None:
+    event = "joined" if method == "New" else "left"
     driver = Meshed()
     docker = manager(driver)
     docker("CreateNetwork", create_network())
     if method == "Delete":
         docker("DiscoverNew", node("10.0.0.2"))
-    driver.fails = {f"peer_{event} {NETWORK[:4]} 10.0.0.2": Crash()}
-    step: Callable[[], object] = partial(docker, f"Discover{method}", node("10.0.0.2"))
-    if method == "Delete":
-        step()
-        step = timers.end
-    with pytest.raises(Crash):
-        step()
+    died = f"peer_{event} {NETWORK[:4]} 10.0.0.2"
+    driver.hooks = {died: lambda _: copy_state(tmp_path / "a", tmp_path / "killed")}
+    docker(f"Discover{method}", node("10.0.0.2"))
+    timers.end()
     again = Meshed()
-    docker = manager(again)
+    docker = manager(again, "killed")
     assert again.seen == [left]
     docker(f"Discover{method}", node("10.0.0.2"))  # the engine's retry
     assert again.calls == ["create_network"]
@@ -712,11 +699,10 @@ def test_a_lost_node_that_is_back_is_told_of_again(manager: Manager, timers: Tim
 
 
 def test_a_lost_node_leaves_when_it_has_been_lost_for_two_minutes(
-    manager: Manager, clock: Clock, monkeypatch: pytest.MonkeyPatch, timers: Timers
+    manager: Manager, clock: Clock, timers: Timers
 ) -> None:
-    monkeypatch.setattr(swarm, "_LOST", 120.0)
     driver = Meshed()
-    docker = manager(driver)
+    docker = manager(driver, node_lost=120.0)
     for address in ("10.0.0.2", "10.0.0.3"):
         docker("DiscoverNew", node(address))
         docker("DiscoverDelete", node(address))
@@ -736,9 +722,8 @@ def test_a_lost_node_leaves_when_it_has_been_lost_for_two_minutes(
 def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the timers of the library: one at a time."""
     monkeypatch.setattr(swarm, "threading", threading)
-    monkeypatch.setattr(swarm, "_LOST", 0.1)
     driver = Meshed()
-    docker = manager(driver)
+    docker = manager(driver, node_lost=0.1)
     for number in range(2, 20):
         docker("DiscoverNew", node(f"10.0.0.{number}"))
         docker("DiscoverDelete", node(f"10.0.0.{number}"))
@@ -747,7 +732,7 @@ def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: 
     assert len(timers) <= 2, "one ends, another begins"
     assert all(timer.daemon for timer in timers), "a process that ends does not wait for who may have left"
     wait_for(lambda: not driver.peers, "the end of them")
-    monkeypatch.setattr(swarm, "_LOST", 1.0)
+    docker = manager(driver, node_lost=1.0)
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverDelete", node("10.0.0.2"))
     manager(Meshed())  # the end of that one
@@ -758,9 +743,8 @@ def test_nodes_that_are_lost_one_after_the_other(manager: Manager, monkeypatch: 
 def test_a_node_that_cannot_be_forgotten(
     manager: Manager, clock: Clock, timers: Timers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(swarm, "_LOST", 120.0)
     driver = Meshed()
-    docker = manager(driver)
+    docker = manager(driver, node_lost=120.0)
     docker("DiscoverNew", node("10.0.0.2"))
     docker("DiscoverDelete", node("10.0.0.2"))
     clock.now += 120
@@ -810,7 +794,7 @@ def test_peers_that_were_read_do_not_change(manager: Manager) -> None:
 # On the nodes
 
 
-def test_a_swarms_network_that_comes_with_another_request_is_made_anew(manager: Manager) -> None:
+def test_a_swarms_network_that_comes_with_another_request_is_made_again(manager: Manager) -> None:
     """An engine that was killed forgets it, and after an upgrade says more of it."""
     driver = Meshed()
     docker = manager(driver)

@@ -113,7 +113,7 @@ def test_names_from_outside_are_no_names_of_spans(traced: Traced) -> None:
 
 def test_a_call_that_was_given_up_is_what_the_engine_was_told(traced: Traced) -> None:
     call = Call()
-    assert call.give_up()
+    assert call.expire()
     traced.plugin.handle("/NetworkDriver.GetCapabilities", b"", call)
     (span,) = traced.spans()
     assert dict(span.attributes or {}) == {"http.response.status_code": 503}

@@ -9,21 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from netplugin_sdk.core import workers as background
+from netplugin_sdk.core import workers
 from netplugin_sdk.core.engine_api import Docker, DockerError
-from netplugin_sdk.core.workers import Inquiries
+from netplugin_sdk.core.timings import Timings
+from netplugin_sdk.core.workers import EngineQueries
 
 from ..patience import PATIENCE
 
 
 class Lab:
-    """Inquiries, and what time it was at each question."""
+    """EngineQueries, and what time it was at each question."""
 
     def __init__(self, path: Path) -> None:
         self.now = 0.0
         self.asked: list[float] = []
-        self.inquiries = Inquiries(path)
-        self.inquiries._changed = self.Waiting(self)
+        self.queries = EngineQueries(path, Timings())
+        self.queries._changed = self.Waiting(self)
 
     class Waiting(threading.Condition):
         def __init__(self, lab: Lab) -> None:
@@ -36,7 +37,9 @@ class Lab:
             self._lab.now += timeout
             return False
 
-    def times_of(self, *, answered_at: float = float("inf"), stands: bool = False, broken: bool = False) -> list[float]:
+    def times_of(
+        self, *, answered_at: float = float("inf"), recurring: bool = False, broken: bool = False
+    ) -> list[float]:
         """When it is asked, until an answer at the time or until it is given up."""
 
         def question(_: Docker) -> bool:
@@ -45,8 +48,8 @@ class Lab:
                 raise DockerError("not yet", 503)
             return self.now >= answered_at or len(self.asked) > 100
 
-        self.inquiries.ask(question, stands=stands)
-        thread = self.inquiries._thread
+        self.queries.ask(question, recurring=recurring)
+        thread = self.queries._thread
         assert thread is not None
         thread.join(PATIENCE)
         assert not thread.is_alive()
@@ -56,7 +59,7 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     lab = Lab(tmp_path / "docker.sock")
-    monkeypatch.setattr(background, "time", SimpleNamespace(monotonic=lambda: lab.now))
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: lab.now))
     return lab
 
 
@@ -74,6 +77,6 @@ def test_a_question_is_asked_less_and_less_often_and_given_up_after_a_minute(lab
     assert 58 < times[-1] <= 60
 
 
-def test_one_that_stands_is_asked_on_slowly(lab: Lab) -> None:
-    times = lab.times_of(stands=True, answered_at=200)
+def test_one_that_is_recurring_is_asked_on_slowly(lab: Lab) -> None:
+    times = lab.times_of(recurring=True, answered_at=200)
     assert pauses(times) == GROWING + [2.0] * 29 + [30.0] * 5

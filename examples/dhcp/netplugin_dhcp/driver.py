@@ -20,11 +20,11 @@ from netplugin_sdk import (
     InvalidOption,
     InvalidRequest,
     Join,
+    Later,
     MacAddress,
     Network,
     NetworkDriver,
     NotFound,
-    Rest,
     Sandbox,
     StaticRoute,
     Unavailable,
@@ -121,9 +121,9 @@ class DhcpDriver(NetworkDriver[Options]):
     def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
         """The engine takes the link out of the container; its lease is given back with the endpoint."""
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
         """Give the lease back, and delete the link."""
-        return partial(self._end, network, endpoint)
+        return Later(self._end, network, endpoint)
 
     def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
         """Make the link a port of the bridge again, and go on with its lease."""

@@ -15,12 +15,12 @@ from netplugin_sdk import (
     InvalidOption,
     IPInterface,
     Join,
+    Later,
     MacAddress,
     Network,
     NetworkDriver,
     NetworkOptions,
     PortMapping,
-    Rest,
     Sandbox,
     SkipGateway,
     TransportProtocol,
@@ -85,14 +85,14 @@ class BridgeDriver(NetworkDriver[Options]):
         _set_sysctls(network, bridge)
         firewall.ensure(policy)
 
-    def delete_network(self, network: Network[Options]) -> Rest | None:
+    def delete_network(self, network: Network[Options]) -> Later | None:
         """Remove the rules, and the bridge unless it was there before."""
         bridge = _bridge(network)
         device = network.attached(Device)
         if device is None:
             return None  # nothing was made, and the name may be another network's
         remove = partial(_give_back, bridge, device) if device.adopted else partial(links.delete, bridge)
-        return partial(together, partial(firewall.delete, bridge), remove)
+        return Later(together, partial(firewall.delete, bridge), remove)
 
     # ------------------------------------------------------------------------------------------------ endpoints
 
@@ -103,9 +103,9 @@ class BridgeDriver(NetworkDriver[Options]):
         address = endpoint.requested.address
         return EndpointInterface(mac_address=MacAddress.of(address.ip) if address else MacAddress.random())
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
         """Delete the pair by its outer end, wherever the inner one is."""
-        return partial(links.delete, endpoint.interface_name("ve"))
+        return Later(links.delete, endpoint.interface_name("ve"))
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the veth pair; the engine takes one end."""

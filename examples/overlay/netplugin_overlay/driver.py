@@ -17,11 +17,11 @@ from netplugin_sdk import (
     InvalidOption,
     InvalidRequest,
     Join,
+    Later,
     MacAddress,
     Network,
     NetworkDriver,
     Node,
-    Rest,
     Sandbox,
     Scope,
     Unavailable,
@@ -122,18 +122,18 @@ class OverlayDriver(NetworkDriver[Options]):
             raise InvalidOption(f"option mtu={options.mtu}: {underlay.name} ({address}) leaves {room} bytes")
         return address, options.mtu or room
 
-    def delete_network(self, network: Network[Options]) -> Rest:
+    def delete_network(self, network: Network[Options]) -> Later:
         """Remove both: the kernel takes its time."""
         bridge, vxlan = _names(network)
         firewall.delete(bridge)
 
-        def rest() -> None:
+        def remove() -> None:
             links.delete(vxlan)
             links.delete(bridge)
             with self._shortening:
                 shortcut.delete(bridge)
 
-        return rest
+        return Later(remove)
 
     # ----------------------------------------------------------------------------------------------------- nodes
 
@@ -168,14 +168,14 @@ class OverlayDriver(NetworkDriver[Options]):
             address_ipv6=None if requested.address_ipv6 else _ipv6(network.options, int(requested.address.ip)),
         )
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Rest:
+    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
         """Delete the pair, which has come back from the container."""
 
-        def rest() -> None:
+        def remove() -> None:
             links.delete(endpoint.interface_name("ve"))
             self._shorten(network)
 
-        return rest
+        return Later(remove)
 
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the pair; the other nodes are told that the address is here now."""

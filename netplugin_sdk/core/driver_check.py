@@ -1,0 +1,68 @@
+"""Mistakes in a driver's class, found before the plugin starts: one line that names the class and the method."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from netplugin_sdk.driver import IpamDriver, NetworkDriver, overridden
+from netplugin_sdk.errors import InvalidDriver
+from netplugin_sdk.protocol.options import check_types
+
+_ALIKE = 0.75  # of `difflib`: `joni` is 0.75 of `join`
+
+
+def check_driver(driver: NetworkDriver[Any] | IpamDriver) -> None:
+    """Raise `InvalidDriver` if a method has a misspelt name or cannot be called with what the SDK gives it.
+
+    A public method that looks like one of the SDK's is taken for it unless the driver defines that one, too.
+    """
+    base: type = NetworkDriver if isinstance(driver, NetworkDriver) else IpamDriver
+    methods = {
+        name: method for name, method in vars(base).items() if inspect.isfunction(method) and not name.startswith("_")
+    }
+    _check_names(driver, base, methods.keys() - {"bind"})
+    for name, method in methods.items():
+        if overridden(driver, name):
+            _check_method(driver, name, len(inspect.signature(method).parameters) - 1, method)
+    if isinstance(driver, NetworkDriver):
+        if overridden(driver, "program_external_connectivity") != overridden(driver, "revoke_external_connectivity"):
+            raise InvalidDriver(f"{_name(driver)} defines only one of program_ and revoke_external_connectivity")
+        check_types(driver.options_type)
+
+
+def _check_names(driver: NetworkDriver[Any] | IpamDriver, base: type, methods: set[str]) -> None:
+    import difflib  # noqa: PLC0415  # 2 ms that only a start needs
+
+    own = [cls for cls in type(driver).__mro__ if cls.__module__.partition(".")[0] != "netplugin_sdk"]
+    for cls in own:
+        for name, member in vars(cls).items():
+            if name.startswith("_") or not inspect.isfunction(member) or hasattr(base, name):
+                continue
+            for meant in difflib.get_close_matches(name, methods, n=1, cutoff=_ALIKE):
+                if not overridden(driver, meant):
+                    raise InvalidDriver(
+                        f"{cls.__name__}.{name} is no method of {base.__name__}: did you mean {meant}? "
+                        f"(a method of your own may be called _{name})"
+                    )
+
+
+def _check_method(driver: NetworkDriver[Any] | IpamDriver, name: str, count: int, wanted: Any) -> None:
+    method = getattr(driver, name)
+    if not callable(method):
+        raise InvalidDriver(f"{_name(driver)}.{name} must be a method, got {method!r}")
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method) or inspect.isgeneratorfunction(method):
+        raise InvalidDriver(f"{_name(driver)}.{name} must be a plain method, without async and yield")
+    try:
+        inspect.signature(method).bind(*[None] * count)
+    except TypeError:
+        parameters = ", ".join(list(inspect.signature(wanted).parameters)[1:])
+        given = inspect.signature(method).replace(return_annotation=inspect.Signature.empty)
+        names = ", ".join(str(p).partition(":")[0] for p in given.parameters.values())
+        raise InvalidDriver(f"{_name(driver)}.{name} must take ({parameters}), it takes ({names})") from None
+    except ValueError:
+        return  # a function of C, which tells nothing
+
+
+def _name(driver: object) -> str:
+    return type(driver).__name__

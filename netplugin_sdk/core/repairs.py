@@ -1,0 +1,51 @@
+"""What the SDK does of its own accord: how often each was done, and how failures of it are told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
+
+from netplugin_sdk.errors import DriverError
+
+_log = logging.getLogger("netplugin_sdk")
+
+Repair: TypeAlias = Literal["reconciled", "lost", "half_done", "container_gone", "unknown_to_docker", "failed"]
+"""What no call asked for. All networks were compared with the kernel; something of ours vanished from it; what was half
+done was finished or undone; an endpoint was deleted whose container ended unnoticed; so was what Docker does not know;
+one of these could not be done."""
+
+
+class Repairs:
+    """Counts repairs, and runs steps that no caller waits for. For any thread."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Repair, int] = dict.fromkeys(get_args(Repair), 0)
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> Mapping[Repair, int]:
+        """How often each was done."""
+        return MappingProxyType(self._counts)
+
+    def count(self, repair: Repair) -> None:
+        """Count one."""
+        with self._lock:
+            self._counts[repair] += 1
+
+    def run_logged(self, what: str, record: object, step: Callable[[], object]) -> bool:
+        """Whether `step` succeeded. What it raises is logged as ``cannot WHAT RECORD`` and counted as failed."""
+        try:
+            step()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C while the plugin starts
+            if isinstance(error, DriverError):
+                _log.error("cannot %s %r: %s", what, record, error)
+            else:  # SystemExit, too: a driver's sys.exit must not end the thread that repairs
+                _log.exception("cannot %s %r", what, record)
+            self.count("failed")
+            return False
+        return True

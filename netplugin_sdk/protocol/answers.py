@@ -1,0 +1,199 @@
+"""What an author's method returned, checked before it goes to Docker: one line that names method, field and value.
+
+Docker would refuse it later, in its own terms, or take it and leave a container without a network. Each function takes
+what the method returned and gives it back; it raises `InvalidReturn`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from netplugin_sdk.errors import InvalidReturn
+from netplugin_sdk.protocol import messages
+from netplugin_sdk.protocol.messages import EndpointInterface, Join, Pool, SkipGateway, StaticRoute
+from netplugin_sdk.values import MacAddress
+
+if TYPE_CHECKING:
+    from netplugin_sdk.values import IPInterface, IPNetwork
+
+_IFNAMSIZ = 15  # bytes of a name, without the NUL (linux/if.h)
+_NUMBER = 3  # digits that the engine puts behind a prefix, at most 999 interfaces in a container
+_NAME = re.compile(r"[^/:\s]+")  # the kernel's dev_valid_name
+
+
+def join(value: object, *, addresses: Iterable[IPInterface], interface_exists: Callable[[str], bool]) -> Join:
+    """What `join` returned for an endpoint of these addresses.
+
+    `interface_exists` says whether the plugin's network namespace has an interface of a name.
+    """
+    if value is None:
+        _wrong("join", None, "a Join: is there a `return`?")
+    if not isinstance(value, Join):
+        _wrong("join", value, "a Join")
+    if value.interface is not None:
+        _check_name(value.interface)
+        if not interface_exists(value.interface):
+            _wrong("join", value.interface, "the name of an interface that is there", "interface")
+    if not _is_name(value.prefix, _IFNAMSIZ - _NUMBER):
+        expected = f"1 to {_IFNAMSIZ - _NUMBER} bytes without slash, colon or space, to which Docker adds a number"
+        _wrong("join", value.prefix, expected, "prefix")
+    routes = _items("static_routes", value.static_routes, StaticRoute, "StaticRoutes")
+    for route in routes:
+        _check_route(route)
+    kinds = (IPv4Address, IPv6Address)  # interface addresses are addresses, too
+    gateways = _items("gateways", value.gateways, kinds, "IP addresses, such as Network.gateways")
+    checked = Join(value.interface, value.prefix, gateways, routes, value.gateway_service)
+    _check_gateways(checked, tuple(addresses))
+    return checked
+
+
+def _check_name(name: object) -> None:
+    if not _is_name(name, _IFNAMSIZ) or name in (".", ".."):
+        expected = f"the name of an interface: 1 to {_IFNAMSIZ} bytes without slash, colon or space"
+        _wrong("join", name, expected, "interface")
+
+
+def _is_name(name: object, most: int) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and len(name.encode()) <= most
+
+
+def _items(field: str, value: Any, kind: type | tuple[type, ...], what: str) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        _wrong("join", value, what, field)
+    items = tuple(value)
+    for item in items:
+        if not isinstance(item, kind):
+            _wrong("join", item, what, field)
+    return items
+
+
+def _check_route(route: StaticRoute) -> None:
+    if not isinstance(route.destination, IPv4Network | IPv6Network):
+        _wrong("join", route.destination, "an IP network", "static_routes.destination")
+    hop: object = route.next_hop
+    if hop is None:
+        return
+    if not isinstance(hop, IPv4Address | IPv6Address) or isinstance(hop, IPv4Interface | IPv6Interface):
+        _wrong("join", hop, "an IP address", "static_routes.next_hop")
+    if hop.version != route.destination.version:
+        _wrong("join", hop, f"an IPv{route.destination.version} address", "static_routes.next_hop")
+
+
+def _check_gateways(join: Join, addresses: tuple[IPInterface, ...]) -> None:
+    """The kernel refuses a gateway that no route leads to, and the container does not start."""
+    on_link = [route.destination for route in join.static_routes if route.next_hop is None]
+    for gateway in join.default_gateways(addresses).values():
+        subnets = [address.network for address in addresses if address.version == gateway.version]
+        if not subnets or gateway.is_link_local or any(gateway in network for network in [*subnets, *on_link]):
+            continue
+        subnet = " or ".join(map(str, subnets))
+        _wrong(
+            "join",
+            gateway,
+            f"addresses in the endpoint's subnet {subnet}, or in a static route to the link",
+            "gateways",
+        )
+
+
+def create_endpoint(value: object, *, requested: EndpointInterface) -> EndpointInterface:
+    """What `create_endpoint` returned, without what it repeats of the request."""
+    if value is None:
+        return EndpointInterface()
+    if not isinstance(value, EndpointInterface):
+        _wrong("create_endpoint", value, "an EndpointInterface or None")
+    new: dict[str, Any] = {}
+    for field, kind, what in (
+        ("address", IPv4Interface, "an IPv4Interface: an IPv4 address with its prefix length"),
+        ("address_ipv6", IPv6Interface, "an IPv6Interface: an IPv6 address with its prefix length"),
+        ("mac_address", MacAddress, "a MacAddress"),
+    ):
+        given, asked = getattr(value, field), getattr(requested, field)
+        if given is not None and not isinstance(given, kind):
+            _wrong("create_endpoint", given, what, field)
+        if given is not None and asked is not None and given != asked:
+            _wrong("create_endpoint", given, f"None or {asked}, which the engine has asked for", field)
+        if asked is None:
+            new[field] = given
+    mac = new.get("mac_address")
+    if mac is not None and (mac.packed[0] & 1 or not any(mac.packed)):
+        _wrong("create_endpoint", mac, "the address of one interface, not of a group", "mac_address")
+    return EndpointInterface(**new)
+
+
+def endpoint_oper_info(value: object) -> Mapping[str, Any]:
+    """What `endpoint_oper_info` returned."""
+    if not isinstance(value, Mapping):
+        _wrong("endpoint_oper_info", value, "a mapping")
+    try:
+        messages.encode(dict(value))
+    except TypeError as error:
+        _wrong("endpoint_oper_info", value, f"values that have a JSON form ({error})")
+    return value
+
+
+def gw_alloc_check(value: object) -> SkipGateway:
+    """What `gw_alloc_check` returned."""
+    if not isinstance(value, SkipGateway):
+        _wrong("gw_alloc_check", value, "a SkipGateway")
+    return value
+
+
+def allocate_network(value: object) -> Mapping[str, str]:
+    """What `allocate_network` returned."""
+    if not isinstance(value, Mapping):
+        _wrong("allocate_network", value, "a mapping of texts")
+    for key, text in value.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            _wrong("allocate_network", text, "a text, as every option is", str(key))
+    return value
+
+
+def yes_or_no(method: str, value: object) -> bool:
+    """What a method returned that says yes or no."""
+    if not isinstance(value, bool):
+        _wrong(method, value, "True or False")
+    return value
+
+
+def request_pool(value: object) -> Pool:
+    """What `request_pool` returned."""
+    if not isinstance(value, Pool):
+        _wrong("request_pool", value, "a Pool")
+    if not isinstance(value.pool_id, str) or not value.pool_id:
+        _wrong("request_pool", value.pool_id, "a text that is not empty", "pool_id")
+    if not isinstance(value.pool, IPv4Network | IPv6Network):
+        _wrong("request_pool", value.pool, "an IPv4Network or IPv6Network", "pool")
+    if not isinstance(value.data, Mapping):
+        _wrong("request_pool", value.data, "a mapping of texts", "data")
+    for key, text in value.data.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            _wrong("request_pool", text, "a text", f"data[{key!r}]")
+    return value
+
+
+def request_address(value: object, *, pool: IPNetwork | None) -> IPInterface:
+    """What `request_address` returned. `pool` is the one that it asks of, where it is known."""
+    if not isinstance(value, IPv4Interface | IPv6Interface):
+        _wrong(
+            "request_address", value, "an IPv4Interface or IPv6Interface: an address with the prefix length of its pool"
+        )
+    if pool is None or not pool.prefixlen:  # 0.0.0.0/0: the driver has other pools than the engine is told
+        return value
+    if value.ip not in pool:
+        _wrong("request_address", value, f"an address of the pool {pool}")
+    if value.network.prefixlen != pool.prefixlen:
+        _wrong("request_address", value, f"the prefix length of the pool {pool}")
+    return value
+
+
+def _wrong(method: str, value: object, expected: str, field: str | None = None) -> NoReturn:
+    try:
+        shown = str(value) if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network) else repr(value)
+    except Exception:
+        shown = f"a {type(value).__name__}"
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    what = f"{method} returned {shown}" if field is None else f"{method} returned {field} {shown}"
+    raise InvalidReturn(f"{what}; expected {expected}")

@@ -1,0 +1,16 @@
+"""Nothing here makes interfaces: those that drivers name count as there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from netplugin_sdk.core import lifecycle
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_interface_exists() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lifecycle, "interface_exists", lambda _name: True)
+        yield
