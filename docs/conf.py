@@ -150,7 +150,7 @@ def _signature(
 ) -> tuple[str | None, str | None]:
     """Networks, endpoints and sandboxes are given to drivers, who do not make them; defaults are as one writes them."""
     given = {f"netplugin_sdk.{place}{kind}" for place in ("", "cnm.") for kind in ("Network", "Endpoint", "Sandbox")}
-    if what == "class" and name in {*given, "netplugin_sdk.Rest"}:
+    if what == "class" and name in {*given, "netplugin_sdk.Later"}:
         return "", None
     return re.sub(r"<(?:([\w.]+):)?[^>]*>", lambda default: default[1] or "...", signature or "") or signature, returns
 

@@ -806,7 +806,7 @@ class Told(PoolIpamDriver):
 def test_an_ipam_driver_is_told_what_the_engine_has(engine: Listed, tmp_path: Path) -> None:
     driver = Told()
     engine.networks["a"] = {}
-    with Plugin(driver, docker=tmp_path / "docker.sock") as plugin:
+    with Plugin(driver, docker=tmp_path / "docker.sock", timings=SHORT) as plugin:
         wait_for(lambda: driver.told == [("engine 1", [])], "the plugin's start")
         engine.pools["b"] = "10.1.0.0/24"
         occasions: dict[str, Callable[[], object]] = {
