@@ -61,7 +61,6 @@ _LEFTOVERS = (  # of a release, or a request, that was killed
     "DELETE FROM addresses WHERE network NOT IN (SELECT key FROM networks)",
 )
 _MACHINE_IDS = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
-_MISSING = 60.0  # seconds that an engine must not have a new pool, or an address, before it is taken back
 
 
 class Lease(enum.Enum):
@@ -143,6 +142,7 @@ class PoolIpamDriver(IpamDriver):
         occupied: says which networks not to choose then, such as `netplugin_sdk.linux.links.occupied`: those that the
             host has addresses in, or routes to.
         clock: seconds since 1970.
+        missing_grace: seconds that an engine must not have a new pool, or an address, before it is taken back.
 
     The options of a network (``--ipam-opt``) are `PoolOptions`.
     """
@@ -156,8 +156,10 @@ class PoolIpamDriver(IpamDriver):
         global_: Sequence[DefaultPool] = GLOBAL_DEFAULTS,
         occupied: Callable[[], Iterable[IPNetwork]] = tuple,
         clock: Callable[[], float] = time.time,
+        missing_grace: float = 60.0,
     ) -> None:
         self._occupied = occupied
+        self._missing_grace = missing_grace
         self._clock = clock
         self._spaces = {
             self.local_address_space: AddressSpace(_local_defaults() if local is None else local, clock=clock),
@@ -242,7 +244,7 @@ class PoolIpamDriver(IpamDriver):
             now = self._clock()
             self._missing = {(p.id, address): self._missing.get((p.id, address), now) for p, address in missing}
             for pool, address in missing:
-                if now - self._missing[pool.id, address] >= _MISSING:
+                if now - self._missing[pool.id, address] >= self._missing_grace:
                     self._take_back(pool, address)
             return bool(self._missing)
 

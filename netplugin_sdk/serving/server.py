@@ -38,6 +38,7 @@ import msgspec
 from netplugin_sdk.core.calls import Call
 from netplugin_sdk.core.engine_api import SOCKET
 from netplugin_sdk.core.plugin import CONTENT_TYPE, Answer, Plugin, refusal
+from netplugin_sdk.core.timings import Timings
 from netplugin_sdk.driver import IpamDriver, NetworkDriver
 from netplugin_sdk.errors import Conflict, DriverError, Unavailable
 from netplugin_sdk.serving.tracing import trace_calls
@@ -947,6 +948,7 @@ def serve(
     state: Path | str | None = None,
     docker: Path | str | None = SOCKET,
     limits: Limits | None = None,
+    timings: Timings | None = None,
     metrics: tuple[str, int] | None = None,
     log_format: Literal["text", "json"] = "text",
     log_level: str = "INFO",
@@ -971,6 +973,7 @@ def serve(
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
         docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
         limits: what one client may cost.
+        timings: how long the SDK waits.
         metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.serving.metrics`); it needs the
             extra ``netplugin-sdk[metrics]``, and anybody who reaches it may read.
         log_format: ``text``, or ``json`` for one object a line.
@@ -983,7 +986,9 @@ def serve(
     check_name(name)
     _configure_logging(log_format, log_level)
     with (
-        Plugin(*drivers, state=STATE_FOLDER / name if state is None else state, docker=docker) as plugin,
+        Plugin(
+            *drivers, state=STATE_FOLDER / name if state is None else state, docker=docker, timings=timings
+        ) as plugin,
         Server(plugin, limits) as server,
         _signals(server),  # before anybody can see that it listens
         nullcontext() if metrics is None else _exporting(plugin, name, metrics),

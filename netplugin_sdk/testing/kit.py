@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # what is loaded with every run of pytest is little
-    from netplugin_sdk import IpamDriver, NetworkDriver, Plugin
+    from netplugin_sdk import IpamDriver, NetworkDriver, Plugin, Timings
     from netplugin_sdk.cnm import NetworkController, Sandbox
     from netplugin_sdk.cnm.controller import Network
     from netplugin_sdk.linux.namespaces import Namespace
@@ -61,11 +61,13 @@ class Lab:
             self._controller = NetworkController(self._plugins, folder=self.folder / "controller")
         return self._controller
 
-    def plugin(self, *drivers: NetworkDriver[Any] | IpamDriver, name: str = "driver") -> Plugin:
-        """A plugin in this process, with a memory on disk, that the controller knows by this name."""
+    def plugin(
+        self, *drivers: NetworkDriver[Any] | IpamDriver, name: str = "driver", timings: Timings | None = None
+    ) -> Plugin:
+        """A plugin in this process, with its state on disk, that the controller knows by this name."""
         from netplugin_sdk import Plugin  # noqa: PLC0415
 
-        plugin = self._closing.enter_context(Plugin(*drivers, state=self.folder / name))
+        plugin = self._closing.enter_context(Plugin(*drivers, state=self.folder / name, timings=timings))
         self._plugins[name] = plugin
         if self._controller is not None:
             self._controller.registry.add(name, plugin)

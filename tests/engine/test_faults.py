@@ -36,8 +36,9 @@ FIRST = {"20.10": 1, "26.1": min(10, EVERY), "28.5": min(19, EVERY)}
 KILL_AT = Path(__file__).parents[1] / "faults" / "kill_at.py"
 PROGRAM = """
 from myplugin.__main__ import main
-from netplugin_sdk.core import recovery as reconcile
-reconcile._TOLD, reconcile._MISSING = 0.2, 0.6  # seconds until Docker is believed: else the test takes an hour
+from functools import partial
+from netplugin_sdk.core import plugin
+plugin.Timings = partial(plugin.Timings, engine_grace=0.2, missing_grace=0.6)  # else the test takes an hour
 main()
 """
 EMPTY = "the request body is empty"

@@ -67,11 +67,10 @@ serve(Own(local=list(pools), occupied=links.occupied), name="own")
 """
 FAULTY = """
 import time
-from netplugin_sdk import serve
-from netplugin_sdk.core import recovery as reconcile
-from netplugin_sdk.ipam import PoolIpamDriver, driver
+from netplugin_sdk import Timings, serve
+from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.linux import links
-driver._MISSING = reconcile._MISSING = reconcile._TOLD = 3.0
+SHORT = Timings(missing_grace=3.0, engine_grace=3.0)
 def linger(pool_id):
     time.sleep(0.1 if "10.77.9.0" in pool_id else 0)
 class Faulty(PoolIpamDriver):
@@ -82,7 +81,7 @@ class Faulty(PoolIpamDriver):
     def release_address(self, address):
         linger(address.pool_id)
         super().release_address(address)
-serve(Faulty(occupied=links.occupied), name="faulty")
+serve(Faulty(occupied=links.occupied, missing_grace=3.0), name="faulty", timings=SHORT)
 """
 FORGETFUL = """
 import logging, signal

@@ -24,7 +24,7 @@ from netplugin_sdk.testing.engine import ENGINE_ADDRESS, EngineError, PrivateEng
 
 from ..patience import PATIENCE
 from .conftest import remove_all, state_of
-from .crash_lab import KILL, LOST, MISSING, Box, Reached, Users, agree, cut_power, docker_knows, is_soon
+from .crash_lab import KILL, LOST, MISSING, Box, Reached, Users, agree, cut_power, docker_knows, is_soon, shorter
 
 pytestmark = pytest.mark.one_engine
 
@@ -35,7 +35,7 @@ DRIVER = "myplugin:latest"
 
 NETWORKS = ("red", "six")
 BOXES = (Box("web", "red", 8080, True), Box("peer", "red", always=True), Box("six", "six", 8081, True))
-IMPATIENT = f"import netplugin_sdk.core.recovery as r; r._MISSING, r._TOLD = {MISSING}, {MISSING / 2}\n"
+IMPATIENT = f"import netplugin_sdk; {shorter(f'missing_grace={MISSING}, engine_grace={MISSING / 2}')}\n"
 
 
 @pytest.fixture(scope="session")

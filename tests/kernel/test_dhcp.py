@@ -14,19 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from netplugin_dhcp import leases
 from netplugin_dhcp.driver import DhcpDriver
 from netplugin_dhcp.lease import Lease
 
-from netplugin_sdk import Container, MacAddress, Plugin
+from netplugin_sdk import Container, DriverError, MacAddress, Plugin
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.testing.engine import wait_until
 
 from ..patience import PATIENCE
-from ..unit.lab import ENDPOINT, NETWORK, OTHER_ENDPOINT, OTHER_NETWORK, Docker, joining, of
+from ..unit.lab import ENDPOINT, NETWORK, OTHER_ENDPOINT, OTHER_NETWORK, Docker, copy_state, joining, of
 from .lab import Namespace, run
 
 pytestmark = pytest.mark.usefixtures("netns")
@@ -112,9 +112,13 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._died = folder.with_name("died")
         self.start()
 
     def start(self) -> None:
+        if self._died.exists():
+            shutil.rmtree(self._folder)
+            self._died.rename(self._folder)
         self.driver = DhcpDriver()
         self.plugin = Plugin(self.driver, state=self._folder)
         self.ask = Docker(self.plugin)
@@ -125,6 +129,11 @@ class Stage:
         self.driver._leases.close()
         firewall.close()
         links.close()
+
+    def die(self, *_: object, **__: object) -> NoReturn:
+        """In a method of the driver: what is on disk now is what the next start finds."""
+        copy_state(self._folder, self._died)
+        raise DriverError("killed")
 
     def forget(self) -> None:
         """As with an empty disk."""
@@ -517,18 +526,17 @@ def test_an_endpoint_that_was_half_made_gives_its_lease_back(lan: Lan, stage: St
     """The plugin dies with its lease in hand, and the engine repeats its request to the next one."""
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
-
-    class Killed(BaseException):
-        pass
+    given: list[str] = []
 
     def die(*_: object) -> None:
-        raise Killed
+        given.extend(address for address, _ in lan.leases().values())
+        stage.die()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.getLogger("netplugin_dhcp"), "info", die)  # of the address
-        with pytest.raises(Killed):
-            stage.ask("CreateEndpoint", endpoint())
-    ((_, (address, _)),) = lan.leases().items()
+        patch.setattr(DhcpDriver, "delete_endpoint", lambda *_: None)  # who is dead undoes nothing
+        stage.ask.refused("CreateEndpoint", endpoint())
+    (address,) = given
     stage.kill()
     stage.start()
     wait_until(lambda: lan.leases() == {} and nothing_left(), 20)
@@ -538,18 +546,16 @@ def test_an_endpoint_that_was_half_made_gives_its_lease_back(lan: Lan, stage: St
 def test_a_lease_is_on_disk_before_it_is_accepted(lan: Lan, stage: Stage) -> None:
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
+    on_disk: list[Lease] = []
 
-    class Killed(BaseException):
-        pass
-
-    def die(*_: object, **__: object) -> None:
-        raise Killed
+    def accept(*_: object, **__: object) -> NoReturn:
+        on_disk.append(lease_of(stage))
+        raise DriverError("not now")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leases._Socket, "accept", die)
-        with pytest.raises(Killed):
-            stage.ask("CreateEndpoint", endpoint())
-    assert lease_of(stage).address in IPv4Interface("192.168.7.0/24").network
+        patch.setattr(leases._Socket, "accept", accept)
+        stage.ask.refused("CreateEndpoint", endpoint())
+    assert on_disk[0].address in IPv4Interface("192.168.7.0/24").network
 
 
 def test_a_bridge_that_was_made_anew_gets_its_containers_back(

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from netplugin_overlay.driver import OverlayDriver
 
+from netplugin_sdk import Timings
 from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
 from netplugin_sdk.cnm.controller import Network
-from netplugin_sdk.core import swarm
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import links, shortcut
 from netplugin_sdk.testing.conformance import Group, Outcome
@@ -134,8 +134,9 @@ def test_who_is_lost_is_still_sent_to(host: Swarm) -> None:
     assert host.flooded() == [PEER]
 
 
-def test_who_has_left_is_sent_nothing(host: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swarm, "_LOST", 0.1)
+def test_who_has_left_is_sent_nothing(host: Swarm) -> None:
+    plugin: Any = host.docker.plugin
+    plugin._networks._peers._timings = Timings(node_lost=0.1)
     host.make_remote()
     box = host.container(host.network())
     assert soon_reaches(box, REMOTE)
