@@ -62,10 +62,10 @@ NO_IPV6 = "echo 1 | tee /proc/sys/net/ipv6/conf/*/disable_ipv6 >/dev/null"
 SERVE = """
 import sys
 from netplugin_overlay.driver import OverlayDriver
-from netplugin_sdk import serve
-from netplugin_sdk.core import swarm
-swarm._LOST = 0.0  # a node that the gossip loses leaves at once, not after two minutes
-serve(OverlayDriver(), name="plugin", socket_path=sys.argv[1], state=sys.argv[2], docker=None, log_level="WARNING")
+from netplugin_sdk import Timings, serve
+at_once = Timings(node_lost=0.0)  # a node that the gossip loses leaves at once, not after two minutes
+where = {"socket_path": sys.argv[1], "state": sys.argv[2]}
+serve(OverlayDriver(), name="plugin", **where, docker=None, log_level="WARNING", timings=at_once)
 """
 
 

@@ -17,15 +17,21 @@ from netplugin_sdk.protocol.messages import EndpointInterface, Join, Pool, SkipG
 from netplugin_sdk.values import MacAddress
 
 if TYPE_CHECKING:
-    from netplugin_sdk.values import IPInterface, IPNetwork
+    from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork
 
 _IFNAMSIZ = 15  # bytes of a name, without the NUL (linux/if.h)
 _NUMBER = 3  # digits that the engine puts behind a prefix, at most 999 interfaces in a container
 _NAME = re.compile(r"[^/:\s]+")  # the kernel's dev_valid_name
 
 
-def join(value: object, *, addresses: Iterable[IPInterface], interface_exists: Callable[[str], bool]) -> Join:
-    """What `join` returned for an endpoint of these addresses.
+def join(
+    value: object,
+    *,
+    addresses: Iterable[IPInterface],
+    gateways: Iterable[IPInterface],
+    interface_exists: Callable[[str], bool],
+) -> Join:
+    """What `join` returned for an endpoint of these addresses, on a network that IPAM gave these gateways.
 
     `interface_exists` says whether the plugin's network namespace has an interface of a name.
     """
@@ -44,9 +50,9 @@ def join(value: object, *, addresses: Iterable[IPInterface], interface_exists: C
     for route in routes:
         _check_route(route)
     kinds = (IPv4Address, IPv6Address)  # interface addresses are addresses, too
-    gateways = _items("gateways", value.gateways, kinds, "IP addresses, such as Network.gateways")
-    checked = Join(value.interface, value.prefix, gateways, routes, value.gateway_service)
-    _check_gateways(checked, tuple(addresses))
+    given = _items("gateways", value.gateways, kinds, "IP addresses, such as Network.gateways")
+    checked = Join(value.interface, value.prefix, given, routes, value.gateway_service)
+    _check_gateways(checked, tuple(addresses), {gateway.ip for gateway in gateways})
     return checked
 
 
@@ -82,12 +88,20 @@ def _check_route(route: StaticRoute) -> None:
         _wrong("join", hop, f"an IPv{route.destination.version} address", "static_routes.next_hop")
 
 
-def _check_gateways(join: Join, addresses: tuple[IPInterface, ...]) -> None:
-    """The kernel refuses a gateway that no route leads to, and the container does not start."""
+def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], of_network: set[IPAddress]) -> None:
+    """The kernel refuses a gateway that no route leads to, and the container does not start.
+
+    Where IPAM gave the network such a gateway, that is no mistake of the driver's.
+    """
     on_link = [route.destination for route in join.static_routes if route.next_hop is None]
     for gateway in join.default_gateways(addresses).values():
         subnets = [address.network for address in addresses if address.version == gateway.version]
-        if not subnets or gateway.is_link_local or any(gateway in network for network in [*subnets, *on_link]):
+        if (
+            not subnets
+            or gateway in of_network
+            or gateway.is_link_local
+            or any(gateway in network for network in [*subnets, *on_link])
+        ):
             continue
         subnet = " or ".join(map(str, subnets))
         _wrong(
