@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import typing
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol
 
-from netplugin_sdk.errors import InvalidReturn
+from netplugin_sdk.errors import InvalidDriver, InvalidReturn
 from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
 from netplugin_sdk.protocol.messages import (
     AddressRef,
@@ -96,7 +96,25 @@ class _Unbound:
     peers: Mapping[IPAddress, Node] = MappingProxyType({})
 
 
-class NetworkDriver(ABC, Generic[OptionsT]):
+class _DriverType(ABCMeta):
+    """An abstract class that says, when it is called, which methods are missing and which names look like them."""
+
+    if not TYPE_CHECKING:  # a class is called as it says itself
+
+        def __call__(cls, *args, **kwargs):  # noqa: ANN002, ANN003, ANN204
+            """Raise `InvalidDriver` where a method is missing."""
+            if missing := sorted(cls.__abstractmethods__):
+                import difflib  # noqa: PLC0415  # 2 ms that only mistakes need
+
+                own = [name for name in dir(cls) if not name.startswith("_") and name not in missing]
+                alike = [(name, *difflib.get_close_matches(name, own, n=1, cutoff=0.75)) for name in missing]
+                hints = [f"did you mean {wanted} by {found[0]}?" for wanted, *found in alike if found]
+                hint = f" ({' '.join(hints)})" if hints else ""
+                raise InvalidDriver(f"{cls.__name__} has no {', '.join(missing)}, which it must have{hint}")
+            return super().__call__(*args, **kwargs)
+
+
+class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     """A Docker network driver: four methods that must be written, and some that may be.
 
     What the SDK does before it calls a method: the request is decoded and checked, the network and the endpoint are
@@ -331,7 +349,7 @@ class NetworkDriver(ABC, Generic[OptionsT]):
         """
 
 
-class IpamDriver(ABC):
+class IpamDriver(metaclass=_DriverType):
     """A Docker IPAM driver: gives out address pools and addresses.
 
     Calls for one pool come one after the other, calls for different pools in parallel; pools are requested and released
@@ -351,13 +369,13 @@ class IpamDriver(ABC):
     global_address_space: ClassVar[str] = "GlobalDefault"
     """Default address space of networks of global scope (``GetDefaultAddressSpaces``)."""
 
-    def open(self, folder: Path | None) -> None:  # noqa: B027
+    def open(self, folder: Path | None) -> None:
         """Begin, before the first call. `folder` is the plugin's own, to keep files in; None if it has none."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """End, after the last call."""
 
-    def engine_starts(self) -> None:  # noqa: B027
+    def engine_starts(self) -> None:
         """Learn that an engine has started (``GetCapabilities``), and asks again if `requires_request_replay`."""
 
     def engine_has(self, engine: str, pools: Sequence[UsedPool]) -> bool:  # noqa: ARG002

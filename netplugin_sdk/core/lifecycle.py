@@ -213,7 +213,7 @@ class NetworkLifecycle(Generic[OptionsT]):
                 join = answers.join(
                     self._driver.join(endpoint.network, endpoint, Sandbox.of(request)),
                     addresses=endpoint.addresses,
-                    gateways=endpoint.network.gateways,
+                    subnets=[*endpoint.network.subnets, *(it.network for it in endpoint.network.gateways)],
                     interface_exists=interface_exists,
                 )
                 answer = messages.encode(join.to_wire(endpoint.addresses, internal=endpoint.network.internal))

@@ -17,7 +17,7 @@ from netplugin_sdk.protocol.messages import EndpointInterface, Join, Pool, SkipG
 from netplugin_sdk.values import MacAddress
 
 if TYPE_CHECKING:
-    from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork
+    from netplugin_sdk.values import IPInterface, IPNetwork
 
 _IFNAMSIZ = 15  # bytes of a name, without the NUL (linux/if.h)
 _NUMBER = 3  # digits that the engine puts behind a prefix, at most 999 interfaces in a container
@@ -28,10 +28,10 @@ def join(
     value: object,
     *,
     addresses: Iterable[IPInterface],
-    gateways: Iterable[IPInterface],
+    subnets: Iterable[IPNetwork],
     interface_exists: Callable[[str], bool],
 ) -> Join:
-    """What `join` returned for an endpoint of these addresses, on a network that IPAM gave these gateways.
+    """What `join` returned for an endpoint of these addresses, on a network of these subnets.
 
     `interface_exists` says whether the plugin's network namespace has an interface of a name.
     """
@@ -52,7 +52,7 @@ def join(
     kinds = (IPv4Address, IPv6Address)  # interface addresses are addresses, too
     given = _items("gateways", value.gateways, kinds, "IP addresses, such as Network.gateways")
     checked = Join(value.interface, value.prefix, given, routes, value.gateway_service)
-    _check_gateways(checked, tuple(addresses), {gateway.ip for gateway in gateways})
+    _check_gateways(checked, tuple(addresses), tuple(subnets))
     return checked
 
 
@@ -88,28 +88,19 @@ def _check_route(route: StaticRoute) -> None:
         _wrong("join", hop, f"an IPv{route.destination.version} address", "static_routes.next_hop")
 
 
-def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], of_network: set[IPAddress]) -> None:
+def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], subnets: tuple[IPNetwork, ...]) -> None:
     """The kernel refuses a gateway that no route leads to, and the container does not start.
 
-    Where IPAM gave the network such a gateway, that is no mistake of the driver's.
+    Where it is in a subnet of the network, and the endpoint is not, IPAM is wrong, not the driver.
     """
-    on_link = [route.destination for route in join.static_routes if route.next_hop is None]
+    reached = [route.destination for route in join.static_routes if route.next_hop is None] + list(subnets)
     for gateway in join.default_gateways(addresses).values():
-        subnets = [address.network for address in addresses if address.version == gateway.version]
-        if (
-            not subnets
-            or gateway in of_network
-            or gateway.is_link_local
-            or any(gateway in network for network in [*subnets, *on_link])
-        ):
+        own = [address.network for address in addresses if address.version == gateway.version]
+        if not own or gateway.is_link_local or any(gateway in network for network in own + reached):
             continue
-        subnet = " or ".join(map(str, subnets))
-        _wrong(
-            "join",
-            gateway,
-            f"addresses in the endpoint's subnet {subnet}, or in a static route to the link",
-            "gateways",
-        )
+        subnet = " or ".join(map(str, own))
+        expected = f"addresses in the endpoint's subnet {subnet}, or in a static route to the link"
+        _wrong("join", gateway, expected, "gateways")
 
 
 def create_endpoint(value: object, *, requested: EndpointInterface) -> EndpointInterface:
