@@ -39,7 +39,9 @@ from netplugin_sdk.protocol.messages import (
     StaticRoute,
 )
 from netplugin_sdk.protocol.options import DriverOptions
-from netplugin_sdk.serving.server import Server, TLSFiles, run, serve
+from netplugin_sdk.serving.loop import Server
+from netplugin_sdk.serving.process import run, serve
+from netplugin_sdk.serving.sockets import TLSFiles
 from netplugin_sdk.values import Container, IPAddress, IPInterface, IPNetwork, MacAddress, TransportProtocol, UsedPool
 
 __all__ = [

@@ -106,7 +106,8 @@ class _DriverType(ABCMeta):
             if missing := sorted(cls.__abstractmethods__):
                 import difflib  # noqa: PLC0415  # 2 ms that only mistakes need
 
-                own = [name for name in dir(cls) if not name.startswith("_") and name not in missing]
+                ours = {name for base in cls.__mro__ if base.__module__ == __name__ for name in vars(base)}
+                own = [name for name in dir(cls) if not name.startswith("_") and name not in ours]
                 alike = [(name, *difflib.get_close_matches(name, own, n=1, cutoff=0.75)) for name in missing]
                 hints = [f"did you mean {wanted} by {found[0]}?" for wanted, *found in alike if found]
                 hint = f" ({' '.join(hints)})" if hints else ""

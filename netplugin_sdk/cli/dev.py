@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 
-from netplugin_sdk.cli.serve import ENVIRONMENT, Settings, plugin_options
-from netplugin_sdk.serving.server import Limits, tcp_socket, unix_socket
+from netplugin_sdk.cli.serve import ENVIRONMENT, Settings, no_module, plugin_options
+from netplugin_sdk.serving.http import Limits
+from netplugin_sdk.serving.sockets import PLUGIN_FOLDER, tcp_socket, unix_socket
 
 _LOOK = 0.2  # seconds from one look at the files to the next
 _PATIENCE = Limits().drain_time + 5  # seconds for the old process to end
@@ -54,7 +55,7 @@ def dev(ctx: click.Context, /, **given: Any) -> None:
     roots = _roots(settings.drivers)
     with _listening(settings) as listener:
         where = listener.getsockname()
-        _say(f"{settings.name} listens at {where if isinstance(where, str) else '{}:{}'.format(*where)}")
+        _say(f"{settings.serve['name']} listens at {where if isinstance(where, str) else '{}:{}'.format(*where)}")
         _say(f"it starts anew when a Python file is saved in {' or '.join(map(str, roots))}")
         # -B, since byte code is taken for that of a file of the same size that was saved in the same second.
         serve = [sys.executable, "-B", "-m", "netplugin_sdk.cli", "serve"]
@@ -62,9 +63,11 @@ def dev(ctx: click.Context, /, **given: Any) -> None:
 
 
 def _listening(settings: Settings) -> AbstractContextManager[socket.socket]:
-    if settings.tcp is not None:
-        return tcp_socket(*settings.tcp, name=settings.name, tls=settings.tls, plain=settings.plain_tcp)
-    return unix_socket(settings.socket, mode=settings.socket_mode, group=settings.group)
+    given = settings.serve
+    if given["tcp"] is not None:
+        return tcp_socket(*given["tcp"], name=given["name"], tls=given["tls"], plain=given["plain_tcp"])
+    path = given["socket_path"] or PLUGIN_FOLDER / f"{given['name']}.sock"
+    return unix_socket(path, mode=given["socket_mode"], owner=given["socket_owner"], group=given["socket_group"])
 
 
 def _say(text: str, colour: str = "cyan") -> None:
@@ -83,7 +86,7 @@ def _roots(drivers: tuple[str, ...]) -> list[Path]:
         name = driver.partition(":")[0].partition(".")[0]
         spec = find_spec(name)
         if spec is None:
-            raise click.ClickException(f"there is no module {name} here, nor is one installed")
+            raise no_module(name)
         folders: list[str] = spec.submodule_search_locations or [spec.origin or ""]
         places = list(map(Path, folders))
         ours = [place.is_relative_to(here) and "site-packages" not in place.parts for place in places]

@@ -30,7 +30,8 @@ from netplugin_sdk.core.engine_api import SOCKET, Docker, DockerError
 from netplugin_sdk.errors import DriverError, NotFound, Unavailable
 from netplugin_sdk.inspection import remembered
 from netplugin_sdk.linux import firewall, namespaces, sysctls
-from netplugin_sdk.serving.server import PLUGIN_FOLDER, STATE_FOLDER
+from netplugin_sdk.serving.settings import STATE_FOLDER
+from netplugin_sdk.serving.sockets import PLUGIN_FOLDER
 from netplugin_sdk.testing.forwarder import Place
 
 _DAEMON_FILE = Path("/etc/docker/daemon.json")

@@ -19,7 +19,7 @@ import msgspec
 from netplugin_sdk.cli.common import complete_name, json_option
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.inspection.snapshot import UNKNOWN_TO_DOCKER, Fact, Snapshot, take
-from netplugin_sdk.serving.server import STATE_FOLDER
+from netplugin_sdk.serving.settings import STATE_FOLDER
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -10,76 +10,52 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 import netplugin_sdk
-from netplugin_sdk import IpamDriver, NetworkDriver, TLSFiles
-from netplugin_sdk.core.engine_api import SOCKET
+from netplugin_sdk import InvalidDriver, IpamDriver, NetworkDriver
 from netplugin_sdk.errors import DriverError
-from netplugin_sdk.serving.server import PLUGIN_FOLDER, check_name
+from netplugin_sdk.serving.process import ending_despite_threads
+from netplugin_sdk.serving.settings import SETTINGS, Setting, check_name, keywords, parsed
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 CONFIG = Path("netplugin.toml")
 """Read from the current folder, if it is there."""
 
-_TLS_HELP = {
-    "certificate": "The plugin's certificate, for --tcp (PEM, as all of these).",
-    "key": "Its key.",
-    "client_ca": "The CA of the engines' certificates.",
-    "engine_ca": "On the engine's host: the CA of the plugin's certificate.",
-    "engine_certificate": "On the engine's host: the engine's certificate.",
-    "engine_key": "On the engine's host: its key.",
-}
 
+class _Value(click.ParamType[Any]):
+    """The value of a setting; what cannot be used is a usage error."""
 
-class AddressPort(click.ParamType[tuple[str, int]]):
-    """Where to listen: ``ADDRESS:PORT``, or only ``PORT`` for 127.0.0.1."""
+    def __init__(self, setting: Setting) -> None:
+        self.name = setting.metavar
+        self._setting = setting
 
-    name = "address:port"
-
-    def convert(
-        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """Address and port; anything else is a usage error."""
-        if isinstance(value, tuple):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
             return value
-        address, _, port = value.rpartition(":")
-        if not (port.isascii() and port.isdigit() and int(port) < 65536):
-            self.fail(f"{value!r} is not ADDRESS:PORT, as in 127.0.0.1:9323", param, ctx)
-        return address.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+        try:
+            return parsed(self._setting, value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Settings:
     """What the options say, wherever they were given."""
 
     drivers: tuple[str, ...]
     """``MODULE:DRIVER``."""
-    name: str
-    socket: Path
-    group: str | None
-    tcp: tuple[str, int] | None
-    plain_tcp: bool
-    tls: TLSFiles | None
-    state: Path | None
-    docker: Path | None
-    metrics: tuple[str, int] | None
-    log_level: str
-    log_format: Literal["text", "json"]
-
-    @property
-    def socket_mode(self) -> int:
-        """Permission bits of the socket: its group may call where one is named."""
-        return 0o600 if self.group is None else 0o660
+    serve: Mapping[str, Any]
+    """The keywords of `netplugin_sdk.serve`."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """From the values of `plugin_options`; what does not fit together is a usage error."""
-        given = dict(given)
-        drivers = given["drivers"]
+        values = dict(given)
+        drivers = values.pop("drivers")
         if not drivers:
             raise click.UsageError("Missing argument 'MODULE:DRIVER'.")
         for driver in drivers:
@@ -88,22 +64,15 @@ class Settings:
                 raise click.UsageError(f"{driver!r} is not MODULE:DRIVER, as in l2:L2.")
             if module.endswith(".py"):
                 raise click.UsageError(f"{driver!r}: a module is named without its .py.")
-        given["name"] = given["name"] or drivers[0].partition(":")[0].partition(".")[0]
+        values["name"] = values["name"] or drivers[0].partition(":")[0].partition(".")[0]
         try:
-            check_name(given["name"])
+            check_name(values["name"])
         except ValueError as error:
             raise click.UsageError(f"{error}; --name gives another.") from None
-        given["socket"] = given["socket"] or PLUGIN_FOLDER / f"{given['name']}.sock"
-        given["docker"] = None if given["docker"] == Path("none") else given["docker"]
-        files = {field: given.pop(f"tls_{field}") for field in _TLS_HELP}
-        missing = [_tls_option(field) for field, file in files.items() if file is None]
-        if missing and len(missing) < len(files):
-            raise click.UsageError(f"TLS needs {', '.join(missing)} too.")
-        return cls(tls=None if missing else TLSFiles(**files), **given)
-
-
-def _tls_option(field: str) -> str:
-    return f"--tls-{field.replace('_', '-')}"
+        try:
+            return cls(drivers, keywords(values))
+        except ValueError as error:
+            raise click.UsageError(f"{error}.") from None
 
 
 def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
@@ -139,56 +108,26 @@ def _checked(param: click.Parameter, value: object, ctx: click.Context) -> objec
     return param.type_cast_value(ctx, value)
 
 
+def _option(setting: Setting) -> Callable[[_F], _F]:
+    if setting.is_flag:
+        return click.option(f"--{setting.option}", is_flag=True, help=setting.help)
+    help_ = setting.help + ("  [default: the module's]" if setting.option == "name" else "")
+    type_: Any = click.Choice(setting.choices, case_sensitive=False) if setting.choices else _Value(setting)
+    return click.option(
+        f"--{setting.option}",
+        type=type_,
+        default=setting.default,
+        show_default=setting.default is not None,
+        metavar=None if setting.choices else setting.metavar,
+        help=help_,
+    )
+
+
 def plugin_options(command: _F) -> _F:
     """The arguments and options of a command that serves drivers; `Settings.of` takes their values."""
-    a_file = click.Path(path_type=Path)
-    tls = [
-        click.option(_tls_option(field), type=a_file, metavar="FILE", help=text) for field, text in _TLS_HELP.items()
-    ]
     options = [
         click.argument("drivers", nargs=-1, metavar="MODULE:DRIVER [MODULE:IPAM]", envvar="NETPLUGIN_DRIVERS"),
-        click.option("--name", help="The plugin's name, for docker network create -d NAME.  [default: the module's]"),
-        click.option(
-            "--socket", type=a_file, metavar="FILE", help=f"Where to listen.  [default: {PLUGIN_FOLDER}/NAME.sock]"
-        ),
-        click.option("--group", help="A group whose members may call the plugin, too: that makes them root."),
-        click.option("--tcp", type=AddressPort(), metavar="ADDRESS:PORT", help="Listen there instead of on a socket."),
-        *tls,
-        click.option("--plain-tcp", is_flag=True, help="Insist on --tcp without TLS beyond the loopback addresses."),
-        click.option(
-            "--state",
-            type=a_file,
-            metavar="FOLDER",
-            help="Where networks are remembered.  [default: /var/lib/netplugin/NAME]",
-        ),
-        click.option(
-            "--docker",
-            type=a_file,
-            default=SOCKET,
-            show_default=True,
-            metavar="FILE|none",
-            help="The engine's own socket, to ask what it has; 'none' asks nobody.",
-        ),
-        click.option(
-            "--metrics",
-            type=AddressPort(),
-            metavar="ADDRESS:PORT",
-            help="Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a mere PORT is on 127.0.0.1.",
-        ),
-        click.option(
-            "--log-level",
-            type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
-            default="INFO",
-            show_default=True,
-            help="INFO shows each call.",
-        ),
-        click.option(
-            "--log-format",
-            type=click.Choice(["text", "json"]),
-            default="text",
-            show_default=True,
-            help="On standard error: lines, or JSON objects.",
-        ),
+        *map(_option, SETTINGS),
         click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -220,21 +159,11 @@ def serve(**given: Any) -> None:
     """
     settings = Settings.of(given)
     sys.path.insert(0, str(Path.cwd()))
-    netplugin_sdk.serve(
-        *load_all(settings.drivers),
-        name=settings.name,
-        socket_path=settings.socket,
-        socket_mode=settings.socket_mode,
-        socket_group=settings.group,
-        tcp=settings.tcp,
-        tls=settings.tls,
-        plain_tcp=settings.plain_tcp,
-        state=settings.state,
-        docker=settings.docker,
-        metrics=settings.metrics,
-        log_format=settings.log_format,
-        log_level=settings.log_level,
-    )
+    with ending_despite_threads():
+        try:
+            netplugin_sdk.serve(*load_all(settings.drivers), **settings.serve)
+        except InvalidDriver as error:
+            raise click.ClickException(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------ the drivers
@@ -255,7 +184,7 @@ def _load(target: str) -> NetworkDriver[Any] | IpamDriver:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if f"{module_name}.".startswith(f"{error.name}."):
-            raise click.ClickException(f"there is no module {error.name} here, nor is one installed") from None
+            raise no_module(error.name or module_name) from None
         raise _broken(f"cannot import {module_name}", error) from error
     except Exception as error:
         raise _broken(f"cannot import {module_name}", error) from error
@@ -270,11 +199,18 @@ def _load(target: str) -> NetworkDriver[Any] | IpamDriver:
             found = found()
         except DriverError:
             raise
+        except InvalidDriver as error:
+            raise click.ClickException(str(error)) from None
         except Exception as error:
             raise _broken(f"cannot make {target}", error) from error
     if not isinstance(found, NetworkDriver | IpamDriver):
         raise click.ClickException(f"{target} is no driver, but {found!r}")
     return found
+
+
+def no_module(name: str) -> click.ClickException:
+    """The line for a module that is not there."""
+    return click.ClickException(f"there is no module {name} in this folder, and none is installed")
 
 
 def _is_own_driver(value: object, module: str) -> bool:
@@ -287,7 +223,11 @@ def _is_own_driver(value: object, module: str) -> bool:
 def _broken(what: str, error: Exception) -> click.ClickException:
     """One line, below the traceback of the author's code, if it comes from there."""
     where = error.__traceback__
-    while where is not None and where.tb_frame.f_globals.get("__name__", "") in (__name__, "importlib"):
+    while where is not None and where.tb_frame.f_globals.get("__name__", "") in (
+        __name__,
+        "importlib",
+        "netplugin_sdk.driver",
+    ):
         where = where.tb_next
     while where is not None and where.tb_frame.f_code.co_filename.startswith("<frozen importlib"):
         where = where.tb_next

@@ -18,7 +18,7 @@ from myplugin.options import Options
 
 from netplugin_sdk import Container, Endpoint, EndpointInterface, Join, Network, Sandbox, serve
 from netplugin_sdk.core.lifecycle import NetworkLifecycle
-from netplugin_sdk.serving.server import Limits
+from netplugin_sdk.serving.http import Limits
 
 CALL_TIME = 1.0
 """Of `Slow`."""

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from netplugin_sdk.serving.server import Server
+from netplugin_sdk.serving.loop import Server
 
 from ..unit.serving import echo, serving, serving_unix
 from ..unit.test_tap import watched

@@ -36,7 +36,8 @@ from netplugin_sdk import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.serving.server import Limits, Server
+from netplugin_sdk.serving.http import Limits
+from netplugin_sdk.serving.loop import Server
 from netplugin_sdk.values import IPInterface
 
 SAYS_NO = "the driver says no"

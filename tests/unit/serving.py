@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from netplugin_sdk import AllocateNetwork, DriverError, Endpoint, Join, Network, NetworkDriver, Plugin, Sandbox, Scope
-from netplugin_sdk.serving.server import Limits, Server
+from netplugin_sdk.serving.http import Limits
+from netplugin_sdk.serving.loop import Server
 from netplugin_sdk.testing.engine import wait_until
 
 from ..patience import PATIENCE
@@ -365,7 +366,7 @@ DRIVER = """
 import json, os, sys, time
 from pathlib import Path
 from netplugin_sdk import DriverError, Join, NetworkDriver, Scope, serve
-from netplugin_sdk.serving.server import Limits
+from netplugin_sdk.serving.http import Limits
 
 class Echo(NetworkDriver):
     scope = Scope.GLOBAL

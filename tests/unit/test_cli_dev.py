@@ -265,5 +265,8 @@ def test_what_serve_refuses_it_refuses_too(tmp_path: Path) -> None:
 def test_what_cannot_be_found_is_one_line(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "netplugin_sdk.cli", "dev", "absent:Driver", "--socket", "s.sock")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert (done.returncode, done.stderr) == (1, "Error: there is no module absent here, nor is one installed\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: there is no module absent in this folder, and none is installed\n",
+    )
     assert not (tmp_path / "s.sock").exists()

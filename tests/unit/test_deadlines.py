@@ -18,7 +18,7 @@ from netplugin_sdk import Plugin, Scope
 from netplugin_sdk.core.calls import Call
 from netplugin_sdk.ipam import PoolIpamDriver
 from netplugin_sdk.protocol.messages import AddressRequest, Pool, PoolRequest
-from netplugin_sdk.serving.server import Limits
+from netplugin_sdk.serving.http import Limits
 from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
@@ -55,7 +55,7 @@ def test_the_engine_is_told_in_time_and_the_log_says_where_it_hangs(
         stacks = [r.getMessage() for r in caplog.records if "pass_through" in r.getMessage()]
         assert [(s.splitlines()[0], r.levelname) for s, r in zip(stacks, caplog.records, strict=False)] == [
             ("NetworkDriver.AllocateNetwork has been running for 0 s:", "WARNING"),
-            ("NetworkDriver.AllocateNetwork took over 0.3 s: the engine waits no more", "ERROR"),
+            ("NetworkDriver.AllocateNetwork took over 0.3 s: the engine no longer waits", "ERROR"),
         ]
         assert all("self._opened.wait" in stack for stack in stacks), "the line where it hangs"
         gate.open()

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from netplugin_sdk import DriverError, Endpoint, Later, Network, NetworkDriver, Plugin
-from netplugin_sdk.serving.server import Server
+from netplugin_sdk.serving.loop import Server
 
 from ..patience import PATIENCE
 from ..volume import volume

@@ -21,7 +21,7 @@ from cookiecutter.main import cookiecutter
 from packaging.requirements import Requirement
 
 from netplugin_sdk.cli import main
-from netplugin_sdk.serving.server import _NAME
+from netplugin_sdk.serving.settings import _NAME
 
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = REPOSITORY / "cookiecutter"

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from netplugin_sdk import Conflict, Unavailable, run, serve
 from netplugin_sdk.ipam import PoolIpamDriver
-from netplugin_sdk.serving import server
+from netplugin_sdk.serving import process as process_module
 
 from ..patience import PATIENCE
 from .serving import NETWORK, Echo, Process, connect_tcp, connect_unix, echo, post, process, wait_for
@@ -370,7 +371,7 @@ def command(
             raise refused
         called.append((*(type(driver) for driver in drivers), given))
 
-    monkeypatch.setattr(server, "serve", serving)
+    monkeypatch.setattr(process_module, "serve", serving)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/anything", *arguments])
     try:
         run(make, PoolIpamDriver, name="lan", program="netplugin-lan", description="A LAN: 100 % of it.")
@@ -382,9 +383,14 @@ def command(
 
 
 def test_a_command_serves_its_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch) == (Echo, PoolIpamDriver, {"name": "lan", "log_format": "text"})
-    given = command(monkeypatch, "--name", "other", "--log-format", "json")
-    assert given == (Echo, PoolIpamDriver, {"name": "other", "log_format": "json"})
+    *drivers, given = command(monkeypatch)
+    assert (drivers, given["name"], given["log_format"]) == ([Echo, PoolIpamDriver], "lan", "text")
+    *_, given = command(monkeypatch, "--name", "other", "--log-format", "json", "--socket-group", "7")
+    assert (given["name"], given["log_format"], given["socket_mode"]) == ("other", "json", 0o660)
+    monkeypatch.setenv("NETPLUGIN_LOG_LEVEL", "debug")
+    monkeypatch.setenv("NETPLUGIN_METRICS", "9323")
+    *_, given = command(monkeypatch, "--metrics", "[::1]:1")
+    assert (given["log_level"], given["metrics"]) == ("DEBUG", ("::1", 1)), "the command line goes first"
 
 
 def test_a_command_tells_how_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,7 +398,7 @@ def test_a_command_tells_how_it_is_used(monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr().out
     assert said.startswith("usage: netplugin-lan ")
     assert "A LAN: 100 % of it." in said
-    assert "(default: lan)" in said
+    assert "[default: lan]" in said
     assert command(monkeypatch, "--nmae", "x") == 2
     assert "netplugin-lan: error: unrecognized arguments: --nmae x" in capsys.readouterr().err
 
@@ -409,3 +415,42 @@ def test_a_command_that_cannot_start_says_why_in_one_line(
         "netplugin-lan: /run/s.sock is already served by pid 7",
         "netplugin-lan: the kernel has no macvlan",
     ]
+
+
+# Threads of a driver's
+
+
+STAYING = """
+import sys, threading, time
+from netplugin_sdk import run
+from tests.unit.serving import Echo
+
+class Leaves(Echo):
+    def open(self, folder):
+        threading.Thread(target=time.sleep, args=(3600,), name="of the driver").start()
+
+    def close(self):
+        print("closed", flush=True)
+
+sys.argv = ["leaves", "--socket", sys.argv[1], "--state", sys.argv[2], "--docker", "none"]
+run(Leaves, name="leaves", description="It leaves a thread.")
+"""
+
+
+def test_a_thread_that_a_driver_leaves_does_not_keep_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", STAYING, str(path), str(tmp_path / "state")],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as plugin:
+        wait_for(path.exists, "the socket")
+        plugin.terminate()
+        out, log = plugin.communicate(timeout=PATIENCE)
+    assert plugin.returncode == 0
+    assert out == "closed\n"
+    assert "the driver has left threads that do not end: of the driver" in log
+    assert not path.exists()

@@ -21,7 +21,9 @@ import pytest
 
 from netplugin_sdk import AllocateNetwork, Conflict, Plugin, Unavailable
 from netplugin_sdk.core.plugin import CONTENT_TYPE
-from netplugin_sdk.serving.server import Limits, Server, unix_socket
+from netplugin_sdk.serving.http import Limits
+from netplugin_sdk.serving.loop import Server
+from netplugin_sdk.serving.sockets import unix_socket
 
 from ..patience import PATIENCE
 from ..volume import volume
@@ -855,10 +857,9 @@ def test_stop_lets_a_large_answer_be_read_to_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 40], ids=["nothing yet", "half a request"])
-def test_stop_hears_a_client_that_is_about_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
+def test_stop_hears_a_client_that_is_about_to_call(tmp_path: Path, sent: int) -> None:
     # An engine repeats a call of which a kept connection takes nothing, but not one on a new connection.
-    monkeypatch.setattr("netplugin_sdk.serving.server._COURTESY", PATIENCE)
-    with serving_unix(tmp_path) as served:
+    with serving_unix(tmp_path, limits=Limits(first_request_time=PATIENCE)) as served:
         calling, idle = served.connect(), served.connect()
         calling.send(echo(n="1")[:sent])
         idle.echo(n="2")

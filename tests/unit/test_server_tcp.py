@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from netplugin_sdk import Plugin, TLSFiles, Unavailable
-from netplugin_sdk.serving import server
-from netplugin_sdk.serving.server import Limits, Server
+from netplugin_sdk.serving import systemd
+from netplugin_sdk.serving.http import Limits
+from netplugin_sdk.serving.loop import Server
 
 from ..patience import PATIENCE
 from .serving import Client, Echo, Served, connect_tcp, echo, nothing_left, open_files, serving, wait_for
@@ -503,7 +504,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
     def give(host: str) -> int:
         with socket.create_server((host, 0)) as made:
             port = int(made.getsockname()[1])
-            monkeypatch.setattr(server, "_FIRST_SYSTEMD_FD", os.dup(made.fileno()))
+            monkeypatch.setattr(systemd, "FIRST_SYSTEMD_FD", os.dup(made.fileno()))
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
         monkeypatch.setenv("LISTEN_FDS", "1")
         return port

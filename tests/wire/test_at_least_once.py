@@ -35,7 +35,7 @@ from netplugin_sdk import (
 )
 from netplugin_sdk.core.calls import Call
 from netplugin_sdk.core.plugin import Answer
-from netplugin_sdk.serving.server import Server
+from netplugin_sdk.serving.loop import Server
 from netplugin_sdk.values import IPInterface
 
 from ..patience import PATIENCE
