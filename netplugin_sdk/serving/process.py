@@ -132,16 +132,17 @@ def run(
 
 @contextmanager
 def ending_despite_threads() -> Iterator[None]:
-    """End the process when the block ends, although a driver has left threads that do not.
+    """End the process when the block ends, although threads go on that were started in it.
 
-    For the last thing that a program does. Such threads get a second; they are named in the log.
+    For the last thing that a program does. Such threads, which a driver has left, get a second; the log names them.
     """
+    before = set(threading.enumerate())
     raised: BaseException | None = None
     try:
         yield
     except BaseException as error:
         raised = error
-    if left := _threads_left():
+    if left := _threads_left(before):
         _log.error("the driver has left threads that do not end: %s", ", ".join(thread.name for thread in left))
         status = _status(raised)
         atexit._run_exitfuncs()
@@ -166,10 +167,10 @@ def _status(raised: BaseException | None) -> int:
     return 1
 
 
-def _threads_left() -> list[threading.Thread]:
-    """Threads that Python would wait for."""
+def _threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Threads that were started since, and that Python would wait for."""
     until = time.monotonic() + 1.0
-    left = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
+    left = [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
     for thread in left:
         thread.join(max(0.0, until - time.monotonic()))
     return [thread for thread in left if thread.is_alive()]

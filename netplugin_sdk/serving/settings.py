@@ -175,12 +175,12 @@ def parse_command_line(arguments: list[str] | None, environment: Mapping[str, st
     try:
         for setting in SETTINGS:
             where = f"argument --{setting.option}: "
-            text: str | bool | None = given[setting.key]
-            if text is None and setting.variable in environment:
-                text, where = environment[setting.variable], f"{setting.variable}: "
-            if text is None:
-                text = name if setting.option == "name" else setting.default
-            values[setting.key] = parsed(setting, text)
+            value: str | bool | None = given[setting.key]
+            if value is None and setting.variable in environment:
+                value, where = environment[setting.variable], f"{setting.variable}: "
+            if value is None:
+                value = name if setting.option == "name" else setting.default
+            values[setting.key] = parsed(setting, value)
         where = ""
         return keywords(values)
     except ValueError as error:
