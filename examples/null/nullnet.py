@@ -12,18 +12,12 @@ class Null(NetworkDriver):
     def delete_network(self, network: Network) -> None:
         """Nothing to remove."""
 
-    def create_endpoint(self, network: Network, endpoint: Endpoint) -> None:
-        """Nothing to prepare."""
-
     def delete_endpoint(self, network: Network, endpoint: Endpoint) -> None:
         """Nothing to remove."""
 
     def join(self, network: Network, endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """No interface, no gateway, no routes."""
         return Join()
-
-    def leave(self, network: Network, endpoint: Endpoint) -> None:
-        """Nothing to take out."""
 
 
 if __name__ == "__main__":

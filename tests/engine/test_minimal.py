@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, PrivateEngine, Process
+from netplugin_sdk.testing.engine import OUTSIDE_ADDRESS, PrivateEngine, Process, wait_until
 
+from ..patience import PATIENCE
 from .conftest import plugin_beside
 
 README = Path(__file__).parents[2] / "README.md"
@@ -29,8 +30,19 @@ def l2(engine: PrivateEngine, tmp_path: Path) -> Iterator[Process]:
     yield from plugin_beside(engine, "l2", [sys.executable, str(file)])
 
 
-def test_it_is_about_60_lines() -> None:
-    assert len(source().splitlines()) <= 60
+def test_it_has_at_most_50_lines() -> None:
+    assert len(source().splitlines()) <= 50
+
+
+@pytest.mark.usefixtures("l2")
+def test_a_bridge_that_was_deleted_comes_back_with_its_ports(engine: PrivateEngine) -> None:
+    network = engine.docker("network", "create", "--driver", "l2", "mynet")
+    for name in ("web", "db"):
+        engine.docker("run", "--detach", "--name", name, "--network", "mynet", "busybox", "sleep", "600")
+    assert "0% packet loss" in engine.docker("exec", "web", "ping", "-c1", "db")
+    engine.run(["ip", "link", "del", f"br-{network[:12]}"])
+    reached = ("exec", "web", "ping", "-c1", "-W1", "db")
+    wait_until(lambda: engine.run_docker(*reached).returncode == 0, PATIENCE)
 
 
 @pytest.mark.usefixtures("l2")

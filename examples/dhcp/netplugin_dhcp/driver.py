@@ -118,9 +118,6 @@ class DhcpDriver(NetworkDriver[Options]):
         """Tell the DHCP server the container's name."""
         self._leases.rename(_link(endpoint), host_name(container.name))
 
-    def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The engine takes the link out of the container; its lease is given back with the endpoint."""
-
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
         """Give the lease back, and delete the link."""
         return Later(self._end, network, endpoint)

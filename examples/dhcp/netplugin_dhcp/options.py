@@ -5,9 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address
 from typing import Annotated
 
-from msgspec import Meta
-
-from netplugin_sdk import DriverOptions, EndpointOptions, InvalidOption
+from netplugin_sdk import DriverOptions, EndpointOptions, InvalidOption, Meta
 
 
 class Options(DriverOptions):

@@ -94,9 +94,6 @@ class MacvlanDriver(NetworkDriver[Options]):
         links.ensure_macvlan(name, options.parent, mode=options.macvlan_mode, mac=endpoint.mac_address)
         return Join(name, gateways=network.gateways)
 
-    def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The engine takes the link out of the container."""
-
 
 def _vlan(name: str) -> tuple[str, int]:
     """The interface and the VLAN number that ``eth0.10`` means."""

@@ -18,7 +18,6 @@ from netplugin_sdk import (
     Later,
     MacAddress,
     Network,
-    NetworkDriver,
     NetworkOptions,
     PortMapping,
     Sandbox,
@@ -28,6 +27,7 @@ from netplugin_sdk import (
 from netplugin_sdk.linux import conntrack, firewall, links, ports, sysctls, together
 from netplugin_sdk.linux.firewall import Mode, Policy
 from netplugin_sdk.linux.ports import Published
+from netplugin_sdk.veth import VethDriver
 
 _log = logging.getLogger("myplugin")
 
@@ -51,7 +51,7 @@ class Ports:
     published: tuple[Published, ...] = ()
 
 
-class BridgeDriver(NetworkDriver[Options]):
+class BridgeDriver(VethDriver[Options]):
     """What Docker's bridge driver does.
 
     A network is a bridge with the gateway addresses and its firewall rules. An endpoint is a veth pair: ``ve-ID`` stays
@@ -103,26 +103,18 @@ class BridgeDriver(NetworkDriver[Options]):
         address = endpoint.requested.address
         return EndpointInterface(mac_address=MacAddress.of(address.ip) if address else MacAddress.random())
 
-    def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
-        """Delete the pair by its outer end, wherever the inner one is."""
-        return Later(links.delete, endpoint.interface_name("ve"))
-
     def join(self, network: Network[Options], endpoint: Endpoint, sandbox: Sandbox) -> Join:
         """Make the veth pair; the engine takes one end."""
-        outside, inside = endpoint.interface_name("ve"), endpoint.interface_name("vc")
-        links.ensure_veth(outside, inside, master=_bridge(network), mtu=network.options.mtu)
-        return Join(inside, prefix=network.options.prefix, gateways=_gateways(network))
+        made = super().join(network, endpoint, sandbox)
+        return Join(made.interface, prefix=network.options.prefix, gateways=_gateways(network))
 
-    def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The engine takes the inner end out of the container."""
+    def bridge(self, network: Network[Options]) -> str:
+        """``-o com.docker.network.bridge.name=``, else a name of its own."""
+        return _bridge(network)
 
-    def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The bridge may be another one than before."""
-        links.attach(endpoint.interface_name("ve"), _bridge(network))
-
-    def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
-        """The pair goes with the container's network namespace."""
-        return not links.exists(endpoint.interface_name("ve"))
+    def mtu(self, network: Network[Options]) -> int:
+        """``-o com.docker.network.driver.mtu=``."""
+        return network.options.mtu
 
     def endpoint_oper_info(self, network: Network[Options], endpoint: Endpoint) -> Mapping[str, Any]:
         """What bridge tells. From a plugin the engine shows only some of it (moby daemon/network.go)."""

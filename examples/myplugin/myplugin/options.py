@@ -3,9 +3,7 @@
 from ipaddress import IPv4Address, IPv6Address
 from typing import Self
 
-from msgspec import field
-
-from netplugin_sdk import DriverOptions
+from netplugin_sdk import DriverOptions, field
 from netplugin_sdk.linux.firewall import Mode
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ipaddress import IPv6Interface, IPv6Network
 from typing import Annotated, ClassVar
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from netplugin_sdk import (
     DriverError,
@@ -19,6 +19,7 @@ from netplugin_sdk import (
     Join,
     Later,
     MacAddress,
+    Meta,
     Network,
     NetworkDriver,
     Node,
@@ -187,9 +188,6 @@ class OverlayDriver(NetworkDriver[Options]):
         self.restore_endpoint(network, endpoint)
         self._shorten(network)
         return Join(inside, gateway_service=not network.internal)
-
-    def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The engine takes the link out of the container."""
 
     def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
         """See that the pair is the bridge's port for its MAC address, and that all nodes know."""

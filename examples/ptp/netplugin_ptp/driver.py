@@ -5,9 +5,17 @@ from collections.abc import Iterator
 from ipaddress import ip_interface, ip_network
 from typing import Annotated
 
-from msgspec import Meta
-
-from netplugin_sdk import DriverOptions, Endpoint, InvalidRequest, Join, Network, NetworkDriver, Sandbox, StaticRoute
+from netplugin_sdk import (
+    DriverOptions,
+    Endpoint,
+    InvalidRequest,
+    Join,
+    Meta,
+    Network,
+    NetworkDriver,
+    Sandbox,
+    StaticRoute,
+)
 from netplugin_sdk.linux import firewall, links, sysctls
 from netplugin_sdk.linux.firewall import Policy
 
@@ -77,9 +85,6 @@ class PtpDriver(NetworkDriver[Options]):
         links.ensure_veth(endpoint.interface_name("ve"), inside, mtu=network.options.mtu)
         self.restore_endpoint(network, endpoint)
         return Join(inside, gateways=network.gateways, static_routes=_routes(network, endpoint))
-
-    def leave(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """The engine takes the inner end out of the container."""
 
     def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
         """What the host has of the pair: addresses, group and route."""
