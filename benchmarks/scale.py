@@ -36,8 +36,7 @@ from typing import Any
 
 from _chart import Box, Drawing, Group
 
-from netplugin_sdk.cnm import NetworkController, RemotePlugin, Subnet
-from netplugin_sdk.cnm.controller import Network
+from netplugin_sdk.cnm import Network, NetworkController, RemotePlugin, Subnet
 from netplugin_sdk.cnm.remote import Address
 from netplugin_sdk.linux import links, namespaces
 from netplugin_sdk.linux.announce import frame

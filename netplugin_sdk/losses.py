@@ -1,23 +1,23 @@
-"""What vanished from the kernel though nobody removed it: told by who keeps watch, heard by who can bring it back."""
+"""What vanished from the kernel though the SDK did not remove it: published by a watch, repaired by its subscribers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-_listeners: list[Callable[[str], None]] = []
+_subscribers: list[Callable[[str], None]] = []
 
 
-def hear(listener: Callable[[str], None]) -> None:
-    """Have `listener` called with each loss, in words, in a thread that must not wait."""
-    _listeners.append(listener)
+def subscribe(subscriber: Callable[[str], None]) -> None:
+    """Have `subscriber` called with each loss, in words, in a thread that must not wait."""
+    _subscribers.append(subscriber)
 
 
-def hear_no_more(listener: Callable[[str], None]) -> None:
-    """Take it back."""
-    _listeners.remove(listener)
+def unsubscribe(subscriber: Callable[[str], None]) -> None:
+    """Take it back. Raises ValueError if it is no subscriber."""
+    _subscribers.remove(subscriber)
 
 
-def tell(loss: str) -> None:
-    """Tell everybody of a loss, such as ``interface br-1 is gone``."""
-    for listener in tuple(_listeners):
-        listener(loss)
+def publish(loss: str) -> None:
+    """Call all subscribers with a loss, such as ``interface br-1 is gone``."""
+    for subscriber in tuple(_subscribers):
+        subscriber(loss)

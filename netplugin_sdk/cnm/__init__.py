@@ -11,8 +11,12 @@ A plugin is asked request for request what an engine would ask it. It needs root
 namespace of the calling thread, and its end removes it.
 """
 
-from netplugin_sdk.cnm.controller import ENGINES, Endpoint, Network, NetworkController, Sandbox, Subnet
+from netplugin_sdk.cnm.controller import NetworkController
+from netplugin_sdk.cnm.endpoint import Endpoint
+from netplugin_sdk.cnm.network import Network
+from netplugin_sdk.cnm.records import ENGINES, Subnet
 from netplugin_sdk.cnm.remote import MethodNotSupported, RemoteError, RemotePlugin
+from netplugin_sdk.cnm.sandbox import Sandbox
 
 __all__ = [
     "ENGINES",

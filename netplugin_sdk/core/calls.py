@@ -64,14 +64,14 @@ def has_expired() -> bool:
 
 
 def refuse_if_late() -> None:
-    """For what has waited, before it begins. Raises `Unavailable` if the engine waits no more."""
+    """For what has waited, before it begins. Raises `Unavailable` if the engine no longer waits."""
     call = current()
     if call is not None and call.expired:
         raise _late(call)
 
 
 def commit() -> None:
-    """For what is made, before it is written down. Raises `Unavailable` if the engine waits no more: undo it."""
+    """For what is made, before it is written down. Raises `Unavailable` if the engine no longer waits: undo it."""
     call = current()
     if call is not None and not call.commit():
         raise _late(call)

@@ -44,12 +44,12 @@ class Recovery(Generic[OptionsT]):
     def start(self) -> None:
         """Before the first call."""
         self._restore_all()
-        losses.hear(self._lost)
+        losses.subscribe(self._lost)
 
     def close(self) -> None:
         """End what is done in the background."""
         with suppress(ValueError):  # it was not started
-            losses.hear_no_more(self._lost)
+            losses.unsubscribe(self._lost)
         self._closing.set()
         self._worker.wait()
 

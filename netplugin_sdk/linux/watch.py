@@ -1,4 +1,4 @@
-"""Watches interfaces that were made here, and tells `netplugin_sdk.losses` of what somebody else takes away."""
+"""Watches interfaces that were made here, and publishes to `netplugin_sdk.losses` what somebody else takes away."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._waker = -1
 
-    def expect(self, name: str, made: Made) -> None:
+    def watch(self, name: str, made: Made) -> None:
         """From now on it is to be so. The watch begins in the network namespace of this thread."""
         with self._lock:
             self._made[name] = made
@@ -60,7 +60,7 @@ class Watch:
                 )
                 self._thread.start()
 
-    def expect_no_more(self, name: str) -> None:
+    def unwatch(self, name: str) -> None:
         """It is about to be removed, or changed."""
         self._made.pop(name, None)
 
@@ -102,7 +102,7 @@ class Watch:
                 continue
             for kind, body in _messages(data):
                 index = (_ADDRESS if kind == _DELADDR else _LINK).unpack_from(body)[-1 if kind == _DELADDR else 2]
-                if (found := names.get(index)) is not None and (kind != _NEWLINK or not _is_as(body, *found)):
+                if (found := names.get(index)) is not None and (kind != _NEWLINK or not _matches(body, *found)):
                     suspects.add(found[0])
 
     def _verify(self, name: str) -> None:
@@ -117,7 +117,7 @@ class Watch:
             if self._made.get(name) is not made:
                 return  # removed or made anew meanwhile
             del self._made[name]  # told once
-        losses.tell(f"interface {name} {wrong}")
+        losses.publish(f"interface {name} {wrong}")
 
 
 def _listener() -> socket.socket:
@@ -140,7 +140,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
         offset += (length + 3) & ~3
 
 
-def _is_as(body: memoryview, name: str, made: Made) -> bool:
+def _matches(body: memoryview, name: str, made: Made) -> bool:
     """Whether a link, as RTM_NEWLINK shows it, is up and where it was, by this name: the kernel renames what is up."""
     *_, flags, _change = _LINK.unpack_from(body)
     wanted = {_IFLA_IFNAME: name.encode() + b"\0"}

@@ -404,7 +404,7 @@ def test_calls_that_take_too_long(clean: PrivateEngine, seconds: float) -> None:
         assert served > 1, "on another network"
         log = plugin.log.read_text()
         for method in ("Join", "CreateNetwork"):
-            assert f"NetworkDriver.{method} took over {CALL_TIME:g} s: the engine waits no more" in log
+            assert f"NetworkDriver.{method} took over {CALL_TIME:g} s: the engine no longer waits" in log
         assert log.count("time.sleep(self._seconds)") >= 4, "where they are; also of a warning before"
         if seconds < 3600:
             is_soon(lambda: everything(engine), before, seconds)

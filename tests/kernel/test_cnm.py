@@ -15,7 +15,7 @@ import pytest
 from myplugin.driver import BridgeDriver
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.cnm.controller import Network, NetworkController, Sandbox, Subnet
+from netplugin_sdk.cnm import Network, NetworkController, Sandbox, Subnet
 from netplugin_sdk.cnm.remote import RemoteError
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest, NotFound
 from netplugin_sdk.linux import firewall, links, ports
@@ -340,7 +340,7 @@ def test_a_controller_goes_on(bridge: Plugin, tmp_path: Path) -> None:
     with NetworkController({"bridge": bridge}, folder=tmp_path) as controller:
         network = controller.networks["lan"]
         for name, endpoint in network.endpoints.items():
-            for field_ in ("id", "addresses", "mac", "interface", "gateways", "_source", "_programmed"):
+            for field_ in ("id", "addresses", "mac", "interface", "gateways", "source", "_programmed"):
                 assert vars(endpoint)[field_] == before[name][field_]
         assert soon_reaches(controller.sandboxes["one"], "10.1.0.3")
         three = controller.create_sandbox("three")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.cnm.controller import NetworkController, Sandbox, Subnet
+from netplugin_sdk.cnm import NetworkController, Sandbox, Subnet
 from netplugin_sdk.cnm.registry import Driver
 from netplugin_sdk.errors import NotFound
 from netplugin_sdk.ipam import PoolIpamDriver

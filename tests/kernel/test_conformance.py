@@ -36,7 +36,6 @@ from netplugin_sdk import (
     Sandbox,
 )
 from netplugin_sdk.cli import main
-from netplugin_sdk.core import lifecycle
 from netplugin_sdk.core.calls import Call
 from netplugin_sdk.core.plugin import Answer
 from netplugin_sdk.ipam import PoolIpamDriver
@@ -78,10 +77,8 @@ class Paper(NetworkDriver):
         pass
 
 
-@pytest.fixture(autouse=True)
-def any_interface_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the SDK itself catches links that are not there, and a good driver without a kernel has none."""
-    monkeypatch.setattr(lifecycle, "interface_exists", lambda _name: True)
+pytestmark = pytest.mark.usefixtures("any_interface")
+"""Else the SDK itself catches links that are not there, and a good driver without a kernel has none."""
 
 
 class Wrong(Plugin):

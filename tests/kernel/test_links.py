@@ -13,7 +13,7 @@ import pytest
 
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux import links
-from netplugin_sdk.linux.links import LinkError
+from netplugin_sdk.linux.links import LinkError, netlink
 from netplugin_sdk.linux.namespaces import unshare
 from netplugin_sdk.values import IPInterface, IPNetwork
 
@@ -333,7 +333,7 @@ def test_a_socket_that_cannot_be_opened_is_an_error_of_that_call_only(monkeypatc
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(links, "IPRoute", refuse)
+        patch.setattr(netlink, "IPRoute", refuse)
         with pytest.raises(LinkError, match=r"^netlink socket: Too many open files$"):
             links.describe("lo")
     for _ in range(8):  # every worker has its turn
@@ -351,12 +351,12 @@ def test_an_adopted_bridge_is_given_back_as_it_was() -> None:
     before = links.describe("own")
     added = [ip_interface("10.1.0.1/24"), ip_interface("fd00::1/64")]
     links.ensure_bridge("own", addresses=[*added, ip_interface("10.9.0.1/24")], mtu=1300)
-    links.give_back("own", mtu=before.mtu, up=before.up, without=added)
+    links.restore_link("own", mtu=before.mtu, up=before.up, without=added)
     assert links.describe("own") == before
-    links.give_back("own", mtu=before.mtu, up=True, without=added)  # again, and the addresses are gone
+    links.restore_link("own", mtu=before.mtu, up=True, without=added)  # again, and the addresses are gone
     assert links.describe("own").up
     links.delete("own")
-    links.give_back("own", mtu=1500, up=True)
+    links.restore_link("own", mtu=1500, up=True)
     assert not links.exists("own")
 
 
@@ -451,19 +451,19 @@ def test_a_vxlan_floods_to_exactly_its_peers(local: str, peers: list[str]) -> No
     everyone = "00:00:00:00:00:00"
     for name, vni in (("vx-t", 5000), ("vx-u", 5001)):
         links.ensure_vxlan(name, vni, local=ip_address(local))
-    links.ensure_flood("vx-u", [three])
+    links.set_flood_destinations("vx-u", [three])
     for _ in range(2):
-        links.ensure_flood("vx-t", [one, two])
+        links.set_flood_destinations("vx-t", [one, two])
     assert entries("vx-t") == {(everyone, str(one)), (everyone, str(two))}
     for _ in range(2):
-        links.add_flood("vx-t", three)
+        links.add_flood_destination("vx-t", three)
     run("bridge", "fdb", "add", MAC, "dev", "vx-t", "dst", str(one))
     run("bridge", "fdb", "add", "02:42:0a:09:00:03", "dev", "vx-t", "dst", str(two))
     for _ in range(2):
-        links.delete_flood("vx-t", one)
+        links.delete_flood_destination("vx-t", one)
     there = {("02:42:0a:09:00:03", str(two)), (everyone, str(two)), (everyone, str(three))}
     assert entries("vx-t") == there, "what it knew of that one is forgotten"
-    links.ensure_flood("vx-t", [])
+    links.set_flood_destinations("vx-t", [])
     assert entries("vx-t") == set()
     assert entries("vx-u") == {(everyone, str(three))}
 
@@ -471,21 +471,21 @@ def test_a_vxlan_floods_to_exactly_its_peers(local: str, peers: list[str]) -> No
 def test_a_vxlan_with_many_peers() -> None:
     links.ensure_vxlan("vx-t", 5000, local=ip_address("192.0.2.1"))
     peers = [ip_address("10.0.0.1") + number for number in range(250)]
-    links.ensure_flood("vx-t", peers)
+    links.set_flood_destinations("vx-t", peers)
     assert {peer for _, peer in entries("vx-t")} == set(map(str, peers))
     with pytest.raises(LinkError, match="cannot add the entry 00:00:00:00:00:00 → fd00::1: "):
-        links.ensure_flood("vx-t", [*peers[:200], ip_address("10.1.0.1"), ip_address("fd00::1")])
+        links.set_flood_destinations("vx-t", [*peers[:200], ip_address("10.1.0.1"), ip_address("fd00::1")])
 
 
 def test_a_vxlan_that_cannot_flood() -> None:
     links.ensure_vxlan("vx-t", 5000, local=ip_address("192.0.2.1"))
     with pytest.raises(LinkError, match="vxlan vx-t: cannot add the entry 00:00:00:00:00:00 → 2001:db8::2: "):
-        links.add_flood("vx-t", ip_address("2001:db8::2"))
-    for change in (links.add_flood, links.delete_flood):
+        links.add_flood_destination("vx-t", ip_address("2001:db8::2"))
+    for change in (links.add_flood_destination, links.delete_flood_destination):
         with pytest.raises(LinkError, match=r"vxlan vx-u: cannot .*: No such device"):
             change("vx-u", ip_address("192.0.2.2"))
     with pytest.raises(LinkError, match="vxlan vx-u: cannot read its entries: No such device"):
-        links.ensure_flood("vx-u", [])
+        links.set_flood_destinations("vx-u", [])
 
 
 def test_a_bridge_knows_what_is_behind_its_port() -> None:
@@ -493,11 +493,11 @@ def test_a_bridge_knows_what_is_behind_its_port() -> None:
     for name in ("ve-t", "ve-u"):
         links.ensure_veth(name, f"{name}-c", master="br-t")
         for _ in range(2):
-            links.ensure_station(MAC, name)
+            links.ensure_fdb_entry(MAC, name)
         assert f"{MAC} dev {name} master br-t static" in run("bridge", "fdb", "show")
     assert run("bridge", "fdb", "show").count(MAC) == 1, "it has moved"
     with pytest.raises(LinkError, match=f"interface ve-x: cannot be known as the port of {MAC}: No such device"):
-        links.ensure_station(MAC, "ve-x")
+        links.ensure_fdb_entry(MAC, "ve-x")
 
 
 def test_the_interface_with_an_address() -> None:

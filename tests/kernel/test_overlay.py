@@ -16,8 +16,7 @@ import pytest
 from netplugin_overlay.driver import OverlayDriver
 
 from netplugin_sdk import Timings
-from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
-from netplugin_sdk.cnm.controller import Network
+from netplugin_sdk.cnm import Network, RemoteError, Sandbox, Subnet
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import links, shortcut
 from netplugin_sdk.testing.conformance import Group, Outcome

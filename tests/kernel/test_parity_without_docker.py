@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from myplugin.driver import BridgeDriver
 
-from netplugin_sdk.cnm import RemoteError, Sandbox, Subnet
-from netplugin_sdk.cnm.controller import Network
+from netplugin_sdk.cnm import Network, RemoteError, Sandbox, Subnet
 from netplugin_sdk.linux.namespaces import Namespace
 from netplugin_sdk.protocol.messages import PortMapping
 from netplugin_sdk.testing.kit import Lab

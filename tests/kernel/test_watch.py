@@ -14,6 +14,7 @@ import pytest
 
 from netplugin_sdk import losses
 from netplugin_sdk.linux import links, watch
+from netplugin_sdk.linux.links import addresses, devices, netlink
 
 from ..patience import PATIENCE
 from .lab import Namespace, run
@@ -46,10 +47,10 @@ def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
     links.ensure_bridge("br-1", addresses=ADDRESSES)
     links.ensure_veth("ve", "vc", master="br-1")
     ear = Ear()
-    losses.hear(ear)
+    losses.subscribe(ear)
     ear.hears_nothing()  # what was made has been looked at: else it would be for that, not for what follows
     yield ear
-    losses.hear_no_more(ear)
+    losses.unsubscribe(ear)
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_what_is_taken_away_and_put_back_at_once_is_no_loss(ear: Ear, held: thre
 def test_what_is_removed_here_is_no_loss(ear: Ear) -> None:
     links.delete("ve")
     links.ensure_veth("ve", "vc", master="br-1")
-    links.give_back("br-1", mtu=1500, up=False, without=ADDRESSES)
+    links.restore_link("br-1", mtu=1500, up=False, without=ADDRESSES)
     links.delete("ve")
     links.delete("br-1")
     ear.hears_nothing()
@@ -193,11 +194,17 @@ def test_a_look_at_what_is_being_removed_tells_no_other_loss() -> None:
         links.ensure_bridge("br-1", addresses=ADDRESSES)
         made = watch.Made(socket.if_nametoindex("br-1"), addresses=ADDRESSES)
 
-        def look(ipr: Any) -> tuple[str | None, int]:
-            kernel = Meanwhile(ipr, before, lambda: run("ip", "link", "del", "br-1"))
-            return links._what_is_wrong(kernel, "br-1", made), kernel.asked
+        @netlink.operation
+        def look() -> tuple[str | None, int]:
+            ours = netlink.kernel()
+            kernel = Meanwhile(ours, before, lambda: run("ip", "link", "del", "br-1"))
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(devices, "kernel", lambda: kernel)
+                patched.setattr(addresses, "kernel", lambda: kernel)
+                patched.setattr(netlink, "kernel", lambda: kernel)
+                return devices.diagnose("br-1", made), kernel.asked
 
-        answer = links._netlink.run(look)
+        answer = look()
         links.delete("br-1")
         return answer
 

@@ -32,7 +32,7 @@ PUBLIC = [
     "netplugin_sdk.testing.kit",
 ]
 """Modules that authors import from."""
-OUR_OWN = {"listens", "own_namespace", "running_engine", "serving", "wait_until"}
+OUR_OWN = {"any_interface", "listens", "own_namespace", "running_engine", "serving", "wait_until"}
 """Names in them that are not for authors."""
 
 

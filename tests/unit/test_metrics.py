@@ -178,7 +178,7 @@ def test_what_vanishes_and_containers_that_ended_unnoticed_are_repairs_too() -> 
         docker.run()
         docker("Plugin.Activate")  # an engine that was killed
         assert Scrape(port).all("repairs_total") == {("reconciled",): 1, ("container_gone",): 1}
-        losses.tell("interface br-1 is gone")
+        losses.publish("interface br-1 is gone")
         assert Scrape(port)["repairs_total", "lost"] == 1
         wait_for(lambda: Scrape(port)["repairs_total", "reconciled"] == 2, "it to be brought back")
 

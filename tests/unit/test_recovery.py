@@ -527,7 +527,7 @@ def test_what_vanishes_again_and_again_is_repaired_less_and_less_often(monkeypat
         def lose(times: int) -> list[float]:
             clock.waits.clear()
             for _ in range(times):
-                losses.tell("br-1 vanished")
+                losses.publish("br-1 vanished")
                 networks._recovery._worker.wait()
             return clock.waits
 
@@ -550,7 +550,7 @@ def test_the_end_waits_for_a_repair_that_has_begun() -> None:
     with Plugin(driver, timings=Timings(repair_delay_min=0.0)) as plugin:
         Docker(plugin)("CreateNetwork", create_network())
         driver.hooks = {"create_network": repair}
-        losses.tell("br-1 vanished")
+        losses.publish("br-1 vanished")
         assert begun.wait(PATIENCE)
     ended.set()
     assert too_early == [False]
@@ -722,19 +722,19 @@ def test_a_loss_makes_the_drivers_own_methods_bring_it_back(
 
     monkeypatch.setattr(half(docker)._recovery._closing, "wait", wait)
     for _ in range(10):
-        losses.tell("interface br-1 is gone")
+        losses.publish("interface br-1 is gone")
     burst.set()
     wait_for(lambda: "program 18080" in driver.calls, "the repair")
     wait_for(lambda: "1 of 1 networks are restored" in caplog.text, "what it says of it")
     assert driver.since() == ["create_network", "restore_endpoint", "program 18080"]
     assert "interface br-1 is gone: bringing it back" in caplog.text
     for _ in range(3):  # somebody does it again and again
-        losses.tell("interface br-1 is gone")
+        losses.publish("interface br-1 is gone")
         wait_for(lambda: "program 18080" in driver.calls, "the next repair")
         driver.since()
     assert pauses == [0.2, 0.4, 0.8, 1.6]
     docker.plugin.close()
-    losses.tell("interface br-1 is gone")
+    losses.publish("interface br-1 is gone")
     assert stays(lambda: not driver.calls)
 
 

@@ -62,6 +62,7 @@ def test_a_wrong_option_is_refused(docker: Client, options: dict[str, str], said
     assert said in answer.text
 
 
+@pytest.mark.usefixtures("any_interface")
 def test_the_mtu_is_that_of_bridge_and_pair(docker: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int]] = []
     monkeypatch.setattr(firewall, "ensure", lambda policy: None)

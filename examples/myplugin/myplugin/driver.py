@@ -241,7 +241,7 @@ def _before(network: Network[Options], bridge: str) -> Device:
 
 
 def _give_back(bridge: str, device: Device) -> None:
-    links.give_back(bridge, mtu=device.mtu, up=device.up, without=device.added)
+    links.restore_link(bridge, mtu=device.mtu, up=device.up, without=device.added)
     if device.disable_ipv6 is not None and links.exists(bridge):
         sysctls.ensure(f"net/ipv6/conf/{bridge}/disable_ipv6", device.disable_ipv6)
 

@@ -94,7 +94,7 @@ class OverlayDriver(NetworkDriver[Options]):
             parameter = f"net/ipv6/conf/{name}/disable_ipv6"
             if sysctls.read(parameter) is not None:
                 sysctls.ensure(parameter, 1)  # else the host would have a link-local address in the network
-        links.ensure_flood(vxlan, [peer for peer in self.peers if peer.version == underlay.version])
+        links.set_flood_destinations(vxlan, [peer for peer in self.peers if peer.version == underlay.version])
         firewall.ensure(Policy(bridge=bridge, network=network.id[:12], internal=True))
         self._shorten(network)
 
@@ -143,7 +143,7 @@ class OverlayDriver(NetworkDriver[Options]):
         this, options = self.this_node, network.options
         if this is None or peer.address.version != this.address.version:
             return
-        links.add_flood(network.interface_name("vx"), peer.address)
+        links.add_flood_destination(network.interface_name("vx"), peer.address)
         owners = _owners(*network.endpoints.values())
         try:
             announce_to(peer.address, owners, vni=options.vni, local=this.address, port=options.port)
@@ -152,7 +152,7 @@ class OverlayDriver(NetworkDriver[Options]):
 
     def peer_left(self, network: Network[Options], peer: Node) -> None:
         """Flood to it no more, and forget what was there."""
-        links.delete_flood(network.interface_name("vx"), peer.address)
+        links.delete_flood_destination(network.interface_name("vx"), peer.address)
 
     # ------------------------------------------------------------------------------------------------- endpoints
 
@@ -194,7 +194,7 @@ class OverlayDriver(NetworkDriver[Options]):
         bridge, _ = _names(network)
         outside, mac = endpoint.interface_name("ve"), endpoint.mac_address
         if mac is not None and links.attach(outside, bridge):
-            links.ensure_station(mac, outside)
+            links.ensure_fdb_entry(mac, outside)
             _tell(network, endpoint)
 
     def endpoint_is_gone(self, network: Network[Options], endpoint: Endpoint) -> bool:
