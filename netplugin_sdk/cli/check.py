@@ -97,7 +97,7 @@ def check(
                 click.secho(line(result), fg=_COLOURS[result.outcome])
                 bar.update(1)
 
-            made = run(subject, chosen, told=told)
+            made = run(subject, chosen, on_result=told)
         click.echo(f"\n{made.text()}" if made.failed else f"\n{made.summary}")
     for path in report:
         path.write_text(_REPORTS[path.suffix](made))

@@ -169,7 +169,7 @@ def the_second_time(check: str, method: str, answer: Callable[[Answer], Answer])
 instead("activate", "/Plugin.Activate".rpartition(".")[2], answered({"Implements": "NetworkDriver"}))
 instead("capabilities", "GetCapabilities", lambda _, right: changed(right, Scope="everywhere"))
 instead("unknown-method", "MethodOfTheFuture", answered({}))
-instead("network", "CreateNetwork", NO)
+instead("network-lifecycle", "CreateNetwork", NO)
 
 
 def echoed(asked: dict[str, Any], right: Answer) -> Answer:
@@ -186,7 +186,7 @@ the_second_time("join-twice", "Join", lambda right: changed(right, InterfaceName
 the_second_time("leave-twice", "Leave", lambda _: NO)
 the_second_time("delete-endpoint-twice", "DeleteEndpoint", lambda _: NO)
 the_second_time("delete-network-twice", "DeleteNetwork", lambda _: NO)
-instead("ipam-spaces", "GetDefaultAddressSpaces", answered({"LocalDefaultAddressSpace": ""}))
+instead("ipam-address-spaces", "GetDefaultAddressSpaces", answered({"LocalDefaultAddressSpace": ""}))
 
 
 def quietly(check: str, method: str, when: Callable[[bytes, Answer], bool], content: Any) -> None:
@@ -204,15 +204,15 @@ def quietly(check: str, method: str, when: Callable[[bytes, Answer], bool], cont
 
 quietly("unknown-network", "CreateEndpoint", lambda body, right: right.status != 200 and b"f" * 64 in body, {})
 quietly("unknown-endpoint", "Join", lambda body, right: right.status != 200 and body != b"", {})
-quietly("malformed", "CreateNetwork", lambda body, right: right.status == 400 and body != b"", {})
+quietly("malformed-body", "CreateNetwork", lambda body, right: right.status == 400 and body != b"", {})
 
 
-@breaks("empty-retry")
+@breaks("retry-without-body")
 def _() -> Answering:
     return lambda _method, body, _right: answered({}) if body == b"" and "C" in _method[:2] and "t" in _method else None
 
 
-@breaks("a-day")
+@breaks("endpoint-lifecycle")
 def _() -> Answering:
     """Addresses are never free again."""
     used: dict[tuple[str, str], str] = {}
@@ -289,8 +289,8 @@ def not_at_once(check: str, method: str, key: Callable[[dict[str, Any]], str]) -
     WRONG[check] = make
 
 
-not_at_once("networks-at-once", "CreateNetwork", lambda _: "all")
-not_at_once("endpoints-at-once", "CreateEndpoint", lambda asked: str(asked.get("NetworkID")))
+not_at_once("concurrent-networks", "CreateNetwork", lambda _: "all")
+not_at_once("concurrent-endpoints", "CreateEndpoint", lambda asked: str(asked.get("NetworkID")))
 
 
 @breaks("ipam-pool")
@@ -310,7 +310,7 @@ def _() -> Answering:
 
 
 instead(
-    "ipam-pools-differ",
+    "ipam-pools-do-not-overlap",
     "RequestPool",
     lambda asked, right: right if asked["Pool"] else changed(right, Pool="172.31.0.0/16"),
 )
@@ -331,7 +331,7 @@ def _() -> Answering:
 
 
 instead(
-    "ipam-wanted-address",
+    "ipam-requested-address",
     "RequestAddress",
     lambda asked, right: answered({"Address": f"{asked['Address']}/24", "Data": {}}) if asked["Address"] else right,
 )
@@ -416,11 +416,11 @@ class Untidy(BridgeDriver):
 
 
 WRONG_DRIVERS: dict[str, type[BridgeDriver]] = {
-    "link": NoLink,
-    "reach": Apart,
-    "gateway": NoGateway,
-    "come-back": NoReturn,
-    "nothing-left": Untidy,
+    "link-in-sandbox": NoLink,
+    "sandboxes-reach-each-other": Apart,
+    "gateway-answers": NoGateway,
+    "sandbox-rejoins": NoReturn,
+    "no-links-left": Untidy,
 }
 
 
@@ -467,7 +467,7 @@ class Quick(socketserver.ThreadingUnixStreamServer):
 
 SERVERS: dict[str, tuple[type[socketserver.ThreadingUnixStreamServer], str, str]] = {
     "keep-alive": (Quick, "HTTP/1.1", "a second request"),
-    "host-header": (Quick, "HTTP/1.1", "empty host"),
+    "empty-host-header": (Quick, "HTTP/1.1", "empty host"),
     "many-connections": (Slow, "HTTP/1.1", ""),
 }
 
@@ -703,7 +703,7 @@ def test_reports(tmp_path: Path) -> None:
     plugin.wrong = WRONG["readable-error"]()
     told: list[str] = []
     with plugin, serving(plugin, tmp_path / "plugin.sock") as path:
-        report = run(Subject(f"unix://{path}", data_plane=False), told=lambda result: told.append(result.check.id))
+        report = run(Subject(f"unix://{path}", data_plane=False), on_result=lambda result: told.append(result.check.id))
     assert told == list(CHECKS)
     skipped = sum(result.outcome is Outcome.SKIPPED for result in report.results)
     assert report.summary == f"{len(CHECKS) - skipped - 1} passed, 1 failed, {skipped} skipped"
@@ -713,7 +713,7 @@ def test_reports(tmp_path: Path) -> None:
         "hint:   Answer",
         "NetworkDriver.Join {",
         "→ 500 <html>",
-        "the plugin is no IpamDriver",
+        "the plugin does not implement IpamDriver",
     ):
         assert part in text
     suite = ElementTree.fromstring(report.junit())

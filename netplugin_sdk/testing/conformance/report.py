@@ -1,4 +1,4 @@
-"""Results of checks as text, as JUnit XML and as a page of HTML."""
+"""The results of all checks as text, as JUnit XML and as an HTML page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from xml.etree import ElementTree
 
-from netplugin_sdk.testing.conformance.session import Outcome, Result, Subject
+from netplugin_sdk.testing.conformance.model import Outcome, Result, Subject
 
 _MARKS = {Outcome.PASSED: "✓", Outcome.FAILED: "✗", Outcome.SKIPPED: "-"}
 _STYLE = """
@@ -20,21 +20,21 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6em; font-size: 12px
 
 
 def line(result: Result) -> str:
-    """One line of text."""
-    told = f": {result.message}" if result.message else ""
-    return f"{_MARKS[result.outcome]} {result.check.id}{told}"
+    """The result as one line of text."""
+    message = f": {result.message}" if result.message else ""
+    return f"{_MARKS[result.outcome]} {result.check.id}{message}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of all checks."""
+    """The results of a run."""
 
     subject: Subject
     results: tuple[Result, ...]
 
     @property
     def failed(self) -> tuple[Result, ...]:
-        """Those in which the plugin does not keep to the contract."""
+        """The results of the checks that failed."""
         return tuple(result for result in self.results if result.outcome is Outcome.FAILED)
 
     @property
@@ -44,7 +44,7 @@ class Report:
         return ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
 
     def text(self) -> str:
-        """A line for each check; with what failed its conversation and a hint."""
+        """One line per check. A failed check also shows its source, a hint and its conversation."""
         lines = [f"{self.subject.url}: {self.summary}"]
         group = None
         for result in self.results:
@@ -59,7 +59,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def junit(self) -> str:
-        """JUnit's XML, as build servers read it."""
+        """JUnit XML, which build servers read."""
         suite = ElementTree.Element("testsuite", name=f"conformance of {self.subject.url}")
         suite.set("tests", str(len(self.results)))
         suite.set("failures", str(len(self.failed)))
@@ -75,7 +75,7 @@ class Report:
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
 
     def html(self) -> str:
-        """A page for people."""
+        """An HTML page."""
         rows = []
         for result in self.results:
             details = ""
@@ -98,10 +98,10 @@ class Report:
 
 
 def _details(result: Result) -> str:
-    told = [f"source: {result.check.source}", f"hint: {result.check.hint}", ""]
-    return "\n".join([*told, *map(str, result.conversation)])
+    lines = [f"source: {result.check.source}", f"hint: {result.check.hint}", ""]
+    return "\n".join([*lines, *map(str, result.conversation)])
 
 
 def _printable(text: str) -> str:
-    """XML has no place for control characters."""
+    """The text with control characters escaped, which XML cannot hold."""
     return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)

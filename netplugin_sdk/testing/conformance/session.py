@@ -1,177 +1,79 @@
-"""What a check is, whom it asks, and what comes of it."""
+"""A check's conversation with a plugin: requests, the networks and endpoints that it makes, and their removal."""
 
 from __future__ import annotations
 
-import enum
 import http.client
 import itertools
 import json
 import secrets
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from netplugin_sdk.cnm import NetworkController, RemoteError, RemotePlugin, Subnet
-from netplugin_sdk.cnm.remote import ACCEPT, TLS, Address, Patience
-from netplugin_sdk.errors import DriverError, Unavailable
+from netplugin_sdk.cnm.remote import ACCEPT, Address, Patience
+from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.protocol import messages
+from netplugin_sdk.testing.conformance.model import Failed, Subject
 from netplugin_sdk.testing.recording import Exchange, refusal, short
 
-if TYPE_CHECKING:
-    from netplugin_sdk.testing.conformance.report import Report
-
 _HOST = "plugin.moby.localhost"
-_TIMEOUT = 30.0  # an engine's patience
-
-
-class Group(enum.StrEnum):
-    """What a check is about."""
-
-    PROTOCOL = "protocol"
-    LIFECYCLE = "lifecycle"
-    AT_LEAST_ONCE = "at least once"
-    ERRORS = "errors"
-    RESTART = "restart"
-    CONCURRENCY = "concurrency"
-    IPAM = "IPAM"
-    DATA_PLANE = "data plane"
-
-
-class Outcome(enum.StrEnum):
-    """Of a check."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-    """It does not apply, or something is missing; the message says what."""
-
-
-class Failed(Exception):
-    """The plugin does not keep to the contract; the text says in what."""
-
-
-class Skipped(Exception):
-    """The check cannot be made; the text says why."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The plugin that is checked.
-
-    Args:
-        url: where it listens: ``unix:///run/docker/plugins/x.sock``, ``tcp://…``, ``https://…``.
-        tls: the files for ``https``.
-        options: ``-o`` of each network.
-        subnets: IPv4 networks for the checks, a /24 each; () for a driver that wants the null IPAM driver.
-        restart: kills it with SIGKILL, starts it again and returns when it listens; None skips what needs it.
-        data_plane: whether its links are here, so that sandboxes can be made and joined.
-    """
-
-    url: str
-    tls: TLS | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-    subnets: Sequence[str] = tuple(f"10.213.{n}.0/24" for n in range(100))
-    restart: Callable[[], None] | None = None
-    data_plane: bool = True
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one request."""
+    """The answer to one request."""
 
     status: int
     body: bytes
 
     @property
     def content(self) -> dict[str, Any]:
-        """The JSON object in it. Raises `Failed` if there is none."""
+        """The JSON object in the body. Raises `Failed` if the body is not one."""
         try:
             decoded = json.loads(self.body)
         except ValueError:
-            raise Failed(f"the answer is no JSON: {short(self.body)!r}") from None
+            raise Failed(f"the answer is not JSON: {short(self.body)!r}") from None
         if not isinstance(decoded, dict):
-            raise Failed(f"the answer is no JSON object: {short(self.body)!r}")
+            raise Failed(f"the answer is not a JSON object: {short(self.body)!r}")
         return decoded
 
     @property
     def error(self) -> str:
-        """What an engine would take for an error; "" if it takes it for success (moby ``pkg/plugins/client.go``)."""
+        """The error that an engine would see; "" if it would see success (moby ``pkg/plugins/client.go``)."""
         return refusal(self.status, self.body)
 
 
-Step: TypeAlias = "Callable[[Session], None]"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that an engine relies on."""
-
-    id: str
-    group: Group
-    proves: str
-    source: str
-    """Where Docker relies on it: a file of moby, or a document."""
-    hint: str
-    """What to look at if it fails."""
-    step: Step
-    needs: frozenset[str]
-    """``NetworkDriver``, ``IpamDriver``, ``restart``, ``data plane``, and ids of checks that it must have passed."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a check."""
-
-    check: Check
-    outcome: Outcome
-    message: str
-    seconds: float
-    conversation: tuple[Exchange, ...]
-
-
-CHECKS: dict[str, Check] = {}
-"""All checks by id, in the order in which they are made."""
-
-
-def check(id_: str, group: Group, *, needs: Iterable[str], source: str, hint: str) -> Callable[[Step], Step]:
-    """Register a function as a check; its docstring is what it proves."""
-
-    def register(step: Step) -> Step:
-        proves = " ".join((step.__doc__ or "").split())
-        CHECKS[id_] = Check(id_, group, proves, source, hint, step, frozenset(needs))
-        return step
-
-    return register
-
-
-def expect(condition: object, otherwise: str) -> None:
-    """Raise `Failed` unless it holds."""
+def expect(condition: object, message: str) -> None:
+    """Raise `Failed` with this message unless the condition holds."""
     if not condition:
-        raise Failed(otherwise)
+        raise Failed(message)
 
 
 class Session:
-    """What a check asks a plugin. What it makes is removed when it ends."""
+    """One check's requests to a plugin. `close` removes the networks and endpoints that the check made.
 
-    def __init__(self, subject: Subject, implements: Sequence[str] = (), *, is_global: bool = False) -> None:
-        self.subject, self.implements = subject, implements
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, subject: Subject, *, is_global: bool = False) -> None:
+        self.subject = subject
         self.is_global = is_global
-        """Whether its networks are a swarm's."""
+        """Whether the plugin's networks span a swarm."""
         self.conversation: list[Exchange] = []
-        self._plugin = RemotePlugin(Address("plugin", subject.url, subject.tls), timeout=_TIMEOUT)
-        self._undo: list[Callable[[], object]] = []
+        self._plugin = RemotePlugin(Address("plugin", subject.url, subject.tls), timeout=subject.timeout)
+        self._cleanups: list[Callable[[], object]] = []
         self._numbers = itertools.count()
         self._guard = threading.Lock()
 
     def close(self) -> None:
-        """Remove what was made, whatever it is by now."""
-        while self._undo:
+        """Remove what the check made, last things first, whatever state they are in."""
+        while self._cleanups:
             with suppress(Failed, OSError, http.client.HTTPException):
-                self._undo.pop()()
+                self._cleanups.pop()()
         self._plugin.close()
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -180,13 +82,13 @@ class Session:
     def connection(self) -> Iterator[http.client.HTTPConnection]:
         """A new connection to the plugin."""
         connection = http.client.HTTPConnection(_HOST)
-        connection.auto_open = 0  # it would look for a host of this name
+        connection.auto_open = 0  # else a closed connection would be opened again, to a host of this name
         connection.sock = self._plugin.dial()
         with closing(connection):
             yield connection
 
     def post(self, path: str, body: bytes, *, headers: Mapping[str, str] = {}) -> Answer:
-        """One request as bytes, on a connection of its own. Raises `Failed` if there is no answer."""
+        """Send one request as bytes, on a connection of its own. Raises `Failed` if there is no answer."""
         try:
             with self.connection() as connection:
                 return self.exchange(connection, path, body, headers=headers)
@@ -196,7 +98,7 @@ class Session:
     def exchange(
         self, connection: http.client.HTTPConnection, path: str, body: bytes, *, headers: Mapping[str, str] = {}
     ) -> Answer:
-        """One request on this connection."""
+        """Send one request on this connection."""
         connection.request("POST", path, body, {"Accept": ACCEPT, **headers})
         response = connection.getresponse()
         answer = Answer(response.status, response.read())
@@ -205,36 +107,36 @@ class Session:
         return answer
 
     def ask(self, method: str, **request: Any) -> Answer:
-        """One request; `method` without a dot is a NetworkDriver's."""
-        return self.post(f"/{_whole(method)}", json.dumps(request).encode())
+        """Send one request. A `method` without a dot is one of NetworkDriver."""
+        return self.post(f"/{_full_name(method)}", json.dumps(request).encode())
 
     def call(self, method: str, **request: Any) -> dict[str, Any]:
-        """The content of an answer. Raises `Failed` if it is an error."""
+        """Send one request and return the content of the answer. Raises `Failed` if the answer is an error."""
         answer = self.ask(method, **request)
-        expect(answer.status == 200 and not answer.error, f"{_whole(method)}: {answer.error or answer.status}")
+        expect(answer.status == 200 and not answer.error, f"{_full_name(method)}: {answer.error or answer.status}")
         return answer.content
 
-    def refused(self, method: str, **request: Any) -> str:
-        """The error. Raises `Failed` if it is a success."""
+    def expect_error(self, method: str, **request: Any) -> str:
+        """Send one request and return the error. Raises `Failed` if the plugin answers with success."""
         answer = self.ask(method, **request)
-        expect(answer.error, f"{_whole(method)} succeeds, where it must not")
+        expect(answer.error, f"{_full_name(method)} succeeds, and must be refused")
         return answer.error
 
-    def later(self, method: str, **request: Any) -> None:
-        """Ask this when the check ends, to remove something."""
-        self._undo.append(partial(self.ask, method, **request))
+    def call_at_close(self, method: str, **request: Any) -> None:
+        """Send this request when the check ends, to remove something."""
+        self._cleanups.append(partial(self.ask, method, **request))
 
     # --------------------------------------------------------------------------------- networks and endpoints
 
-    def network(self, *, internal: bool = False) -> Made:
-        """Create one."""
+    def network(self, *, internal: bool = False) -> Resource:
+        """Create a network."""
         network = self.new_network(internal=internal)
         self.call("CreateNetwork", **network.request)
         return network
 
-    def new_network(self, *, internal: bool = False) -> Made:
-        """One that is not created yet, and is removed if it is."""
-        made = Made(secrets.token_hex(32))
+    def new_network(self, *, internal: bool = False) -> Resource:
+        """A network that is not created yet. If the check creates it, `close` removes it."""
+        made = Resource(secrets.token_hex(32))
         options: dict[str, Any] = {
             messages.ENABLE_IPV4: True,
             messages.ENABLE_IPV6: False,
@@ -248,38 +150,38 @@ class Session:
                 made.subnet = self.subject.subnets[next(self._numbers) % len(self.subject.subnets)]
             gateway = f"{made.host(1)}/24"
             data = {"AddressSpace": "LocalDefault", "Pool": made.subnet, "Gateway": gateway}
-        if self.is_global:  # as the leader of a swarm's managers, whose answer replaces the options
-            self.later("FreeNetwork", NetworkID=made.id)
+        if self.is_global:  # as the leader of a swarm's managers does; its answer replaces the options
+            self.call_at_close("FreeNetwork", NetworkID=made.id)
             allocated = self.call(
                 "AllocateNetwork", NetworkID=made.id, Options=options[messages.GENERIC], IPv4Data=[data], IPv6Data=None
             )
             options[messages.GENERIC] = allocated.get("Options") or {}
         made.request = {"NetworkID": made.id, "Options": options, "IPv4Data": [data], "IPv6Data": []}
-        self.later("DeleteNetwork", NetworkID=made.id)
+        self.call_at_close("DeleteNetwork", NetworkID=made.id)
         return made
 
-    def endpoint(self, network: Made) -> Made:
-        """Create one."""
+    def endpoint(self, network: Resource) -> Resource:
+        """Create an endpoint."""
         endpoint = self.new_endpoint(network)
-        endpoint.answer = self.call("CreateEndpoint", **endpoint.request)
+        self.call("CreateEndpoint", **endpoint.request)
         return endpoint
 
-    def new_endpoint(self, network: Made) -> Made:
-        """One that is not created yet, and is removed if it is."""
-        made = Made(secrets.token_hex(32), network.subnet)
+    def new_endpoint(self, network: Resource) -> Resource:
+        """An endpoint that is not created yet. If the check creates it, `close` removes it."""
+        made = Resource(secrets.token_hex(32), network.subnet)
         with self._guard:
             address = f"{network.host(next(network.hosts))}/24" if network.subnet else ""
         interface = {"Address": address, "AddressIPv6": "", "MacAddress": ""}
         options: dict[str, Any] = {messages.EXPOSED_PORTS: [], messages.PORT_MAP: []}
         made.ids = {"NetworkID": network.id, "EndpointID": made.id}
         made.request = {**made.ids, "Interface": interface, "Options": options}
-        self.later("DeleteEndpoint", **made.ids)
+        self.call_at_close("DeleteEndpoint", **made.ids)
         return made
 
-    def join(self, endpoint: Made) -> dict[str, Any]:
-        """Join it to a sandbox that is not there: a driver only remembers where it is."""
-        self.later("Leave", **endpoint.ids)
-        return self.call("Join", **endpoint.joining)
+    def join(self, endpoint: Resource) -> dict[str, Any]:
+        """Join the endpoint to a sandbox that does not exist: a driver only remembers its path."""
+        self.call_at_close("Leave", **endpoint.ids)
+        return self.call("Join", **endpoint.join_request)
 
     def restart(self) -> None:
         """Kill the plugin and start it again."""
@@ -288,60 +190,61 @@ class Session:
 
     @contextmanager
     def controller(self) -> Iterator[NetworkController]:
-        """Docker's side with real sandboxes. What the plugin refuses there raises `Failed`."""
+        """Docker's side with real sandboxes. A request that the plugin refuses raises `Failed`."""
         remote = RemotePlugin(
-            Address("plugin", self.subject.url, self.subject.tls), timeout=_TIMEOUT, patience=Patience(total=0)
+            Address("plugin", self.subject.url, self.subject.tls),
+            timeout=self.subject.timeout,
+            patience=Patience(total=0),
         )
         try:
-            with remote, NetworkController(find=lambda _: Recording(remote, self.conversation)) as controller:
+            with remote, NetworkController(find=lambda _: _RecordedPlugin(remote, self.conversation)) as controller:
                 yield controller
         except RemoteError as error:
             raise Failed(str(error)) from error
 
     def subnet(self, number: int) -> list[Subnet]:
-        """For a network of the controller's."""
+        """A subnet for a network of the controller, counted from the last one."""
         return [Subnet.parse(self.subject.subnets[-1 - number])]
 
 
-def _whole(method: str) -> str:
+def _full_name(method: str) -> str:
     return method if "." in method else f"NetworkDriver.{method}"
 
 
 @dataclass
-class Made:
+class Resource:
     """A network or an endpoint that a check makes."""
 
     id: str
     subnet: str = ""
     request: dict[str, Any] = field(default_factory=dict)
-    """That creates it."""
+    """The request that creates it."""
     ids: dict[str, str] = field(default_factory=dict)
-    """Of an endpoint: what names it in its other requests."""
-    answer: dict[str, Any] = field(default_factory=dict)
+    """The fields that name an endpoint in its other requests."""
     hosts: Iterator[int] = field(default_factory=lambda: itertools.count(2))
 
     @property
-    def joining(self) -> dict[str, Any]:
-        """The request that joins it."""
+    def join_request(self) -> dict[str, Any]:
+        """The request that joins the endpoint."""
         return {**self.ids, "SandboxKey": f"/run/docker/netns/{self.id[:12]}", "Options": self.request["Options"]}
 
     def host(self, number: int) -> str:
-        """An address of the subnet."""
+        """The address with this number in the subnet."""
         return f"{self.subnet.rpartition('.')[0]}.{number}"
 
 
-class Recording:
-    """A plugin as the controller asks it, with the conversation kept."""
+class _RecordedPlugin:
+    """Passes the controller's calls on to the plugin and keeps the conversation."""
 
     def __init__(self, plugin: RemotePlugin, conversation: list[Exchange]) -> None:
         self._plugin, self._conversation = plugin, conversation
 
     def activate(self, kind: str) -> object:
-        """Ask what it is."""
+        """Ask the plugin which kinds of driver it implements."""
         return self._plugin.activate(kind)
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The answer."""
+        """Send one request and return the content of the answer."""
         request = b"" if content is None else json.dumps(content).encode()
         try:
             answer = self._plugin.call(method, content)
@@ -350,56 +253,3 @@ class Recording:
             raise
         self._conversation.append(Exchange(method, request, 200, json.dumps(answer).encode()))
         return answer
-
-
-def run(
-    subject: Subject, checks: Iterable[Check] | None = None, *, told: Callable[[Result], object] = lambda _: None
-) -> Report:
-    """Make all checks, or these, one after the other. `told` hears of each result."""
-    from netplugin_sdk.testing.conformance.report import Report  # noqa: PLC0415
-
-    implements, is_global = _implements(subject)
-    results: dict[str, Result] = {}
-    for each in CHECKS.values() if checks is None else checks:
-        results[each.id] = _make(each, Session(subject, implements, is_global=is_global), results)
-        told(results[each.id])
-    return Report(subject, tuple(results.values()))
-
-
-def _implements(subject: Subject) -> tuple[tuple[str, ...], bool]:
-    """The kinds of driver that it is, and whether its networks are a swarm's."""
-    implements: tuple[str, ...] = ()
-    with closing(Session(subject)) as session, suppress(Failed, TypeError, AttributeError):
-        implements = tuple(session.post("/Plugin.Activate", b"").content.get("Implements") or ())
-        if "NetworkDriver" in implements:
-            capabilities = session.post("/NetworkDriver.GetCapabilities", b"").content
-            return implements, capabilities.get("Scope") == "global"
-    return implements, False
-
-
-def _make(each: Check, session: Session, before: Mapping[str, Result]) -> Result:
-    began = time.monotonic()
-    with closing(session):
-        outcome, message = Outcome.PASSED, ""
-        try:
-            if missing := _missing(each, session.subject, session.implements, before):
-                raise Skipped(missing)
-            each.step(session)
-        except Skipped as why:
-            outcome, message = Outcome.SKIPPED, str(why)
-        except (Failed, DriverError) as why:
-            outcome, message = Outcome.FAILED, str(why)
-        conversation = tuple(session.conversation)
-    return Result(each, outcome, message, time.monotonic() - began, conversation)
-
-
-def _missing(each: Check, subject: Subject, implements: Sequence[str], before: Mapping[str, Result]) -> str:
-    for kind in ("NetworkDriver", "IpamDriver"):
-        if kind in each.needs and kind not in implements:
-            return f"the plugin is no {kind}"
-    if "restart" in each.needs and subject.restart is None:
-        return "nobody says how to restart the plugin"
-    if "data plane" in each.needs and not subject.data_plane:
-        return "its links are not here"
-    not_passed = [id_ for id_ in each.needs if id_ in before and before[id_].outcome is not Outcome.PASSED]
-    return f"the check {min(not_passed)} has to pass first" if not_passed else ""
