@@ -1,4 +1,4 @@
-"""The program `netplugin`: a group of commands, each in a module of its own, which is imported when it is asked for."""
+"""The `netplugin` command line: a group of commands, each in a module of its own, which is imported when it is used."""
 
 from __future__ import annotations
 

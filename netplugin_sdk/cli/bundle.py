@@ -28,7 +28,7 @@ _ENVIRONMENT = [
     {"name": name, "description": description, "settable": ["value"], "value": value}
     for name, description, value in (
         ("NETPLUGIN_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR.", "INFO"),
-        ("NETPLUGIN_LOG_FORMAT", "text, or json for one object a line.", "text"),
+        ("NETPLUGIN_LOG_FORMAT", "text, or json for one object per line.", "text"),
         ("NETPLUGIN_METRICS", "ADDRESS:PORT of metrics for Prometheus.", None),
     )
 ]

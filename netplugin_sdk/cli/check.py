@@ -1,4 +1,4 @@
-"""`netplugin check`: hold a plugin, in whatever language, against Docker's contract."""
+"""`netplugin check`: check a plugin, in whatever language, against Docker's contract."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check(
 
             def told(result: Result) -> None:
                 if _is_terminal():
-                    click.echo("\r\033[K", nl=False)  # the bar is drawn anew below
+                    click.echo("\r\033[K", nl=False)  # the bar is drawn again below
                 click.secho(line(result), fg=_COLOURS[result.outcome])
                 bar.update(1)
 

@@ -40,12 +40,12 @@ class _Forwarding(click.Command):
 
 
 @click.command(
-    cls=_Forwarding, short_help="Serve a driver, anew whenever its code is saved.", context_settings=ENVIRONMENT
+    cls=_Forwarding, short_help="Serve a driver, again whenever its code is saved.", context_settings=ENVIRONMENT
 )
 @plugin_options
 @click.pass_context
 def dev(ctx: click.Context, /, **given: Any) -> None:
-    """Serve drivers as `serve` does, with the same options, and anew whenever a Python file of theirs is saved.
+    """Serve drivers as `serve` does, with the same options, and again whenever a Python file of theirs is saved.
 
     The socket stays open meanwhile, so that the engine does not notice: calls that run are answered by the old code,
     the next ones wait for the new. While that cannot be started they go on waiting; save again, and it is tried again.
@@ -56,7 +56,7 @@ def dev(ctx: click.Context, /, **given: Any) -> None:
     with _listening(settings) as listener:
         where = listener.getsockname()
         _say(f"{settings.serve['name']} listens at {where if isinstance(where, str) else '{}:{}'.format(*where)}")
-        _say(f"it starts anew when a Python file is saved in {' or '.join(map(str, roots))}")
+        _say(f"it starts again when a Python file is saved in {' or '.join(map(str, roots))}")
         # -B, since byte code is taken for that of a file of the same size that was saved in the same second.
         serve = [sys.executable, "-B", "-m", "netplugin_sdk.cli", "serve"]
         _Reloader([*serve, *ctx.meta[__name__]], listener, roots).run()
@@ -203,7 +203,7 @@ class _Reloader:
         self._pause = max(_LOOK, 10 * (time.monotonic() - began))  # a tenth of a processor, in however large a folder
         if changed := sorted({path for path, _ in found.items() ^ saved.items()}):
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
-            _say(f"{os.path.relpath(changed[0])}{more} changed: starting anew")
+            _say(f"{os.path.relpath(changed[0])}{more} changed: starting again")
         return bool(changed)
 
     def _stop(self, child: _Child) -> None:

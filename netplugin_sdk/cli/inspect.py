@@ -18,7 +18,8 @@ import msgspec
 
 from netplugin_sdk.cli.common import complete_name, json_option
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.inspection.snapshot import UNKNOWN_TO_DOCKER, Fact, Snapshot, take
+from netplugin_sdk.inspection.looking import take
+from netplugin_sdk.inspection.model import UNKNOWN_TO_DOCKER, Fact, Snapshot
 from netplugin_sdk.serving.settings import STATE_FOLDER
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -164,12 +165,12 @@ class _Table:
 # ----------------------------------------------------------------------------------------------------------- repair
 
 
-@click.command(short_help="Have a plugin mend what differs.")
+@click.command(short_help="Have a plugin repair what differs.")
 @inspected
 @click.option("--wait", default=_WAIT, show_default=True, metavar="SECONDS", help="How long to wait at most.")
 @json_option
 def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> None:
-    """Have a running plugin hold what it knows against the kernel and Docker, and mend what differs.
+    """Have a running plugin compare its state with the kernel and Docker, and repair what differs.
 
     It gets SIGHUP: what was half done is finished or undone, and what is missing in the kernel is made again. What
     Docker does not know is removed when it has not known it for half a minute, so that takes its time. Needs root.
@@ -183,7 +184,7 @@ def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> N
         click.echo(f"before: {verdict(before)}")
         for line in _differences(before):
             click.echo(line)
-        click.echo(f"pid {pid} is told to mend it …")
+        click.echo(f"pid {pid} is told to repair it …")
     _tell(pid)
     after = _wait(plugin, where, wait)
     if as_json:
@@ -231,7 +232,7 @@ def _process(snapshot: Snapshot, folder: Path) -> int:
         units = [folder / f"{plugin}.service" for folder in _UNITS]
         start = f"systemctl start {plugin}" if any(unit.exists() for unit in units) else f"run {plugin} as root"
         raise Unavailable(
-            f"nobody serves {plugin}, and it is the plugin that mends what differs, also when it starts: {start}"
+            f"nobody serves {plugin}, and it is the plugin that repairs what differs, also when it starts: {start}"
         )
     if pid is None:
         # Who listens at its socket is not told: systemd, a trace or a Go program may, and SIGHUP ends those.

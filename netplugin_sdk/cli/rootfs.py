@@ -50,7 +50,7 @@ _EMPTY = ("dev", "proc", "run", "sys", "tmp", "host", "var/cache", "var/lib/netp
 
 
 def require_debootstrap() -> None:
-    """Raise `Unavailable` unless a root file system can be made of Debian here; it says what mends it."""
+    """Raise `Unavailable` unless a root file system can be made of Debian here; it says what fixes it."""
     if os.geteuid() != 0:
         raise Unavailable("debootstrap needs root: run this with sudo, or where an engine can build, --with docker")
     if shutil.which("debootstrap") is None:

@@ -9,7 +9,8 @@ import click
 
 from netplugin_sdk.cli.inspect import inspected, state_folder
 from netplugin_sdk.inspection import drawing
-from netplugin_sdk.inspection.snapshot import Snapshot, take
+from netplugin_sdk.inspection.looking import take
+from netplugin_sdk.inspection.model import Snapshot
 
 _FORMATS: dict[str, Callable[[Snapshot], str]] = {
     "svg": drawing.svg,

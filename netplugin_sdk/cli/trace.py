@@ -20,7 +20,7 @@ from netplugin_sdk.cli.common import PluginAddress, json_option, plugin_argument
 from netplugin_sdk.cnm.remote import Address
 from netplugin_sdk.testing import recording
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark, differences
-from netplugin_sdk.testing.tap import Tap, mend
+from netplugin_sdk.testing.tap import Tap
 
 _REMEMBERED = 10_000  # requests, to know a repetition
 _NAMES = ("NetworkID", "EndpointID")  # they are in the line
@@ -42,7 +42,7 @@ diff_option = click.option(
 )
 @verbose_option
 @diff_option
-@click.option("--restore", is_flag=True, help="Only mend what killed traces left: let the socket lead to the plugin.")
+@click.option("--restore", is_flag=True, help="Only repair what killed traces left: let the socket lead to the plugin.")
 @json_option
 def trace(*, plugin: Address, record: Path | None, verbose: bool, diff: bool, restore: bool, as_json: bool) -> None:
     """Watch the calls of an engine to a running plugin, in whatever language, until Ctrl-C.
@@ -55,14 +55,14 @@ def trace(*, plugin: Address, record: Path | None, verbose: bool, diff: bool, re
     """
     path = _socket(plugin)
     if restore:
-        click.echo(f"{path} leads to its plugin {'again' if mend(path) else 'already'}")
+        click.echo(f"{path} leads to its plugin {'again' if restore_socket(path) else 'already'}")
         return
     view = _Json() if as_json else _View(verbose=verbose, diff=diff or verbose)
     with ExitStack() as closing:
         file = None if record is None else closing.enter_context(_opened(record))
         tap = closing.enter_context(Tap(path))
         closing.enter_context(_ended_by_signals(tap))
-        if tap.mended:
+        if tap.restored:
             click.secho("An earlier trace was killed and had left the plugin cut off; it is not any more.", err=True)
         for entry in tap:
             if file is not None:

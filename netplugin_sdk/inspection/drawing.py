@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
-from netplugin_sdk.inspection.snapshot import Fact, InspectedEndpoint, InspectedNetwork, Port, Snapshot
+from netplugin_sdk.inspection.model import Fact, InspectedEndpoint, InspectedNetwork, Port, Snapshot
 
 WIDTH = 1160.0
 """Of a picture, in CSS pixels: what fits a desktop's window."""

@@ -47,7 +47,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.name} {'up' if self.up else 'DOWN'}{on}, MTU {self.mtu}"
 
 
-class Sight(msgspec.Struct, frozen=True):
+class NamespaceView(msgspec.Struct, frozen=True):
     """What a network namespace has."""
 
     interfaces: Mapping[str, Interface] = {}
@@ -66,7 +66,7 @@ class Listener(msgspec.Struct, frozen=True):
 class Host(msgspec.Struct, frozen=True):
     """What the namespace of the caller has."""
 
-    sight: Sight
+    sight: NamespaceView
     listeners: frozenset[Listener]
     bridges: Mapping[str, str] | None
     """Those that have rules of the SDK, each with the first characters of its network's id; None: cannot be seen."""
@@ -85,7 +85,7 @@ def host() -> Host:
     return Host(_look(), _listeners(), firewall.bridges() if os.geteuid() == 0 else None)
 
 
-def inside(path: Path) -> Sight | None:
+def inside(path: Path) -> NamespaceView | None:
     """Look into the network namespace of this file; None if it is none, or no more. Raises PermissionError."""
     namespace = Namespace(path)
     if not namespace.exists:
@@ -98,7 +98,7 @@ def inside(path: Path) -> Sight | None:
         return None  # it has just ended
 
 
-def _look() -> Sight:
+def _look() -> NamespaceView:
     try:
         with IPRoute() as ipr:
             addresses: dict[int, list[IPInterface]] = {}
@@ -117,7 +117,9 @@ def _look() -> Sight:
         for route in routes
         if route["dst_len"] == 0 and route.get("gateway") and route.get("table") == 254  # RT_TABLE_MAIN
     }
-    return Sight({each.name: each for each in found}, tuple(sorted(gateways, key=lambda one: (one.version, one))))
+    return NamespaceView(
+        {each.name: each for each in found}, tuple(sorted(gateways, key=lambda one: (one.version, one)))
+    )
 
 
 def _interface(message: Any, names: Mapping[int, str], addresses: tuple[IPInterface, ...]) -> Interface:

@@ -141,7 +141,7 @@ def use(backend: BackendName | None) -> None:
 
 
 def close() -> None:
-    """Finish what was asked for and stop watching; rules stay. The next use starts anew, and knows of no policy.
+    """Finish what was asked for and stop watching; rules stay. The next use starts again, and knows of no policy.
 
     Done by itself when the interpreter exits. The watch stays in the network namespace of the thread whose call
     started it: a process that changes its namespace closes first.
@@ -238,7 +238,7 @@ class _Keeper:
         try:
             self._watch(wake)
         except Exception as error:
-            _log.exception("firewall: the next change will start anew")
+            _log.exception("firewall: the next change will start again")
             reason = FirewallError(f"firewall: {error}")
             reason.__cause__ = error
         finally:

@@ -115,7 +115,7 @@ class Watch:
             return
         with self._lock:
             if self._made.get(name) is not made:
-                return  # removed or made anew meanwhile
+                return  # removed or made again meanwhile
             del self._made[name]  # told once
         losses.publish(f"interface {name} {wrong}")
 

@@ -12,7 +12,7 @@
 ``netplugin_build_info``               gauge      1; ``plugin`` is its name, ``version`` the SDK's
 =====================================  =========  =================================================================
 
-Kinds of repairs: ``reconciled``, all networks were held against the kernel, as at each start; ``lost``, something of
+Kinds of repairs: ``reconciled``, all networks were compared with the kernel, as at each start; ``lost``, something of
 ours vanished from it; ``half_done``, what a crash or a failure left half done was finished or undone;
 ``container_gone``, an endpoint was deleted whose container ended unnoticed; ``unknown_to_docker``, a network or an
 endpoint was deleted that Docker does not know any more; ``failed``, one of these could not be done.

@@ -77,7 +77,7 @@ class Host:
         """Take it off the common link, as if the cable were cut."""
         _ip(self.switch, "link", "set", f"port-{self.number}", "down")
 
-    def mend(self) -> None:
+    def heal(self) -> None:
         """Undo `cut`."""
         _ip(self.switch, "link", "set", f"port-{self.number}", "up")
 

@@ -14,7 +14,7 @@ _BUILT = "etc/netplugin-packages"  # in a root file system: what it was built wi
 
 
 class DebianUnavailable(Exception):
-    """A root file system cannot be built here: why, and the command that mends it."""
+    """A root file system cannot be built here: why, and the command that fixes it."""
 
 
 def cache() -> Path:

@@ -117,7 +117,7 @@ rm -r $image
 
 
 class EngineUnavailable(Exception):
-    """A private engine cannot be had here: what is missing, and the command that mends it."""
+    """A private engine cannot be had here: what is missing, and the command that fixes it."""
 
 
 class EngineError(Exception):

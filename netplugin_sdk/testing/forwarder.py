@@ -81,7 +81,7 @@ class Place:
     """A plugin's socket, and the folder beside it where it is while its path leads to us.
 
     Docker's scan passes over the folder, which has no socket of its own name in it. What is in it says what there is to
-    mend, whoever was killed when: `ours` is a second name of our socket, `plugin` is what we stand in front of.
+    restore, whichever process was killed: `ours` is a second name of our socket, `plugin` is what we stand in front of.
     """
 
     def __init__(self, path: Path, held: int = -1) -> None:
@@ -354,7 +354,7 @@ class _Connection:
                 self._answers.ended = self._requests.begun  # whatever it is, we know no better
 
     def _hold(self, data: bytes) -> bool:
-        """A plugin that ends takes no request. An engine would see that before it sends it, and dial anew: so do we."""
+        """A plugin that ends takes no request. An engine would see that before it sends it, and dial again, as we do."""
         if self.plugin is None or not data.startswith(b"POST ") or self._answers.ended == self._held_after:
             return False  # the last: nor is a new connection that takes nothing
         self._held_after = self._answers.ended

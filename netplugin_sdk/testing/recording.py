@@ -40,7 +40,7 @@ from netplugin_sdk.errors import DriverError, Unavailable
 
 _HOST = "plugin.moby.localhost"
 _TIMEOUT = 60.0
-_OF_THE_BODY = ("content-length", "transfer-encoding", "connection")  # headers that are made anew
+_OF_THE_BODY = ("content-length", "transfer-encoding", "connection")  # headers that are made again
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Played(NamedTuple):
 def replay(
     entries: Iterable[Entry], plugin: Address, *, ignore: Collection[str] = (), timeout: float = _TIMEOUT
 ) -> Iterator[Played]:
-    """Ask a plugin what was recorded, one after the other, and hold its answers against the recorded ones.
+    """Ask a plugin what was recorded, one after the other, and compare its answers with the recorded ones.
 
     Ids are those of the record: the plugin must not know them. Marks are passed over.
 

@@ -7,7 +7,7 @@
 The path of the plugin's socket leads to ours for that time, in one step and back in one step (see `forwarder`, which
 stands there: a process of its own, so that nothing which happens in this one holds up a call). Connections that the
 engine keeps from before would go past it, so they are ended, too: the plugin reads the end of them, answers what it was
-asked, and closes; the engine sees that at once and connects anew. (A Go handler that has a call just then sees its
+asked, and closes; the engine sees that at once and connects again. (A Go handler that has a call just then sees its
 request's context cancelled, as if the engine had gone; its answer still arrives.)
 """
 
@@ -54,7 +54,7 @@ class Tap:
     """Stands between the engine and the plugin at this socket, and tells of each call; a context manager.
 
     Iterating waits for the next call that is over, or a `Mark` of what else happened, until `stop`. If this process is
-    killed, the path leads to the plugin again at once; if all of it is killed, the next `Tap` or `mend` makes it so.
+    killed, the path leads to the plugin again at once; if all of it is killed, the next `Tap` or `restore` makes it so.
 
     Args:
         path: of the socket.
@@ -66,7 +66,7 @@ class Tap:
 
     def __init__(self, path: Path) -> None:
         self._place = _held(path)
-        self.mended = self._place.give_back()
+        self.restored = self._place.give_back()
         """Whether an earlier one was killed, and the plugin was cut off until now."""
         self._conversations: dict[int, _Conversation] = {}
         self._entries: deque[Entry] = deque()
@@ -210,13 +210,13 @@ class Tap:
             self._entries.append(Mark(f"calls on kept connections go past the trace: {error}", time.time()))
         else:
             if count:
-                text = f"{count} kept connection{'s' * (count > 1)} ended, to be made anew through the trace"
+                text = f"{count} kept connection{'s' * (count > 1)} ended, to be made again through the trace"
                 self._entries.append(Mark(text, time.time()))
             if left and not self._looks:
                 self._looks = [time.monotonic() + _AGAIN]
 
 
-def mend(path: Path) -> bool:
+def restore(path: Path) -> bool:
     """Let a path lead to its plugin again, if a `Tap` and its forwarder were killed both; return whether they were.
 
     Raises `Conflict` if there is a `Tap` now.

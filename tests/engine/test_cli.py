@@ -53,6 +53,6 @@ def test_containers_start_while_the_driver_is_saved(engine: PrivateEngine, l2: P
         ended.set()
         saving.join()
     log = l2.log.read_text()
-    assert log.count("l2.py changed: starting anew") >= 2
+    assert log.count("l2.py changed: starting again") >= 2
     assert " WARNING " not in log
     assert b"Unable to connect to plugin" not in engine.log.read_bytes()[before:], "it never tried twice"

@@ -171,7 +171,7 @@ def wheels() -> Iterator[Path]:
 
 @pytest.mark.release
 def test_on_a_swarm(lived_on: LivedOnHost, wheels: Path) -> None:
-    """Each step is held against what it is to show by the demo itself."""
+    """Each step is compared with what it is to show by the demo itself."""
     pip = ("env", "PIP_NO_INDEX=1", f"PIP_FIND_LINKS={wheels}")
     with lived_on.unchanged():
         done = lived_on.try_to_run(*pip, sys.executable, SWARM, timeout=900)

@@ -1,4 +1,4 @@
-"""`netplugin inspect`, `repair` and `topology` beside a real engine: what was taken away is marked, and mended."""
+"""`netplugin inspect`, `repair` and `topology` beside a real engine: what was taken away is marked, and repaired."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Host:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """So that it cannot mend what is about to be taken away. The nsenter that started it stops, too."""
+        """So that it cannot repair what is about to be taken away. The nsenter that started it stops, too."""
         os.kill(self.plugin.pid, signal.SIGSTOP)
         starter = int(Path(f"/proc/{self.plugin.pid}/stat").read_text().rpartition(")")[2].split()[1])
         try:
@@ -219,7 +219,7 @@ def test_a_plugin_that_does_not_run(host: Host) -> None:
         assert done.returncode == 1
         assert "nobody serves myplugin" in done.stderr
         listed = json.loads(netplugin(engine, "doctor", "--json").stdout)
-        ill = {each["text"]: (each["level"], each["mend"]) for each in listed}
+        ill = {each["text"]: (each["level"], each["fix"]) for each in listed}
         text = "/run/docker/plugins/myplugin.sock is stale: nobody listens, and Docker waits in vain"
         assert ill[text][0] == "warning"
         wanted = "red wants the plugin myplugin, and nobody serves it"

@@ -114,7 +114,7 @@ class Managed:
         if since is not None:
             assert [line for line in self.said(since) if "method=" in line and "status=200" not in line] == []
 
-    def is_started_anew(self, since: int) -> None:
+    def is_started_again(self, since: int) -> None:
         """The engine has started it again since then, and knows what it can.
 
         One that dies before that is away for up to 45 s: the engine asks on, and hears of its end afterwards.
@@ -188,7 +188,7 @@ def test_killed_again_and_again(managed: Managed) -> None:
             since = managed.now
             os.kill(managed.pid, signal.SIGKILL)
             assert not reached.missing(relay=False), "what is in the kernel stays there"
-            managed.is_started_anew(since)
+            managed.is_started_again(since)
         done = users.done
         wait_until(lambda: users.done > done + 2, PATIENCE)
     assert [said for said in users.failed if LOST not in said] == []
@@ -228,7 +228,7 @@ def test_the_power_is_cut(managed: Managed) -> None:
 
 
 def test_a_plugin_that_cannot_start_does_not_keep_docker_down(managed: Managed) -> None:
-    """The engine disables it, and it is to be enabled when it is mended."""
+    """The engine disables it, and it is to be enabled when it is repaired."""
     program = managed.engine.folder / "data/plugins" / managed.id / "rootfs/usr/local/bin/myplugin"
     whole = program.read_text()
     managed.docker("run", "--detach", "--name=other", "--restart=always", *KILL, "busybox", "sleep", "1000")

@@ -293,7 +293,7 @@ def test_a_link_that_is_cut(cluster: Cluster, number: int) -> None:
         lost.cut()
         time.sleep(30)
         assert not away.reaches(near.address("mynet"))
-        lost.mend()
+        lost.heal()
         back = time.monotonic()
         since(back, lambda: near.reaches(away.address("mynet")), RETURN, f"{lost.name} is reached again")
         since(back, lambda: away.reaches(far.address("mynet")), RETURN, f"{lost.name} reaches others again")

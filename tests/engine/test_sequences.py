@@ -340,7 +340,7 @@ class World:
     def end(self) -> None:
         """After it: Docker removes all, and what is left is an error."""
         self.sequences += 1
-        before, self._before = self._before, []  # after trouble it is taken anew
+        before, self._before = self._before, []  # after trouble it is taken again
         trouble = self.clear()
         found = self._look(before)
         after, plugin = found["lines"], found["plugin"]

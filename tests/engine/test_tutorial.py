@@ -43,7 +43,7 @@ VARIABLE = (  # what differs from run to run, and what is shown instead
     (r"(@if|^)\d+(?=[:\W])", r"\1INDEX"),
     (r"\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b", "MAC"),
 )
-# A reader waits a second for what starts, or for what is mended. Here that ends when the plugin serves, or the trace is
+# A reader waits a second for a start, or a repair. Here that ends when the plugin serves, or the trace is
 # between, and lasts longer where that is so already: a machine that runs tests may be slow.
 SLEEP = """sleep() {
     for waited in {0..99}; do

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from netplugin_sdk import TransportProtocol
-from netplugin_sdk.cli import doctor
-from netplugin_sdk.cli.doctor import Level
+from netplugin_sdk.cli import findings
+from netplugin_sdk.cli.findings import Level
 from netplugin_sdk.inspection import kernel
 from netplugin_sdk.linux import firewall, links
 from netplugin_sdk.linux.firewall import Policy
@@ -82,7 +82,7 @@ def test_bridges_that_have_rules(backend: str) -> None:
 @pytest.mark.usefixtures("netns")
 def test_doctor_tries_the_kernel_and_leaves_nothing() -> None:
     before = run("ip", "link"), run("iptables-save"), run("nft", "list", "ruleset")
-    found = {finding.text: finding.level for finding in doctor._kernel()}
+    found = {finding.text: finding.level for finding in findings._kernel()}
     for feature in ("network namespaces", "bridge", "veth", "macvlan", "vxlan", "nft filters and translates"):
         assert found[feature] is Level.OK
     assert (run("ip", "link"), run("iptables-save"), run("nft", "list", "ruleset")) == before
@@ -91,7 +91,7 @@ def test_doctor_tries_the_kernel_and_leaves_nothing() -> None:
 @pytest.mark.usefixtures("iptables")
 @pytest.mark.parametrize("iptables", ["nft", "legacy"], indirect=True)
 def test_doctor_tells_kinds_of_iptables_apart() -> None:
-    found = [finding.text for finding in doctor._firewall()]
+    found = [finding.text for finding in findings._firewall()]
     kind = run("iptables", "--version").strip()
     assert any(text.startswith(kind) for text in found)
     assert "what no rule accepts is dropped" in found
@@ -99,7 +99,7 @@ def test_doctor_tells_kinds_of_iptables_apart() -> None:
 
 @pytest.mark.usefixtures("netns")
 def test_doctor_reads_sysctls_of_here() -> None:
-    found = {finding.text: finding.level for finding in doctor._sysctls()}
+    found = {finding.text: finding.level for finding in findings._sysctls()}
     assert found["net.ipv4.ip_forward = 0: containers do not reach other networks"] is Level.WARNING
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    assert "net.ipv4.ip_forward = 1" in [finding.text for finding in doctor._sysctls()]
+    assert "net.ipv4.ip_forward = 1" in [finding.text for finding in findings._sysctls()]

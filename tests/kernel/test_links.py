@@ -166,7 +166,7 @@ def test_what_is_not_asked_stays() -> None:
     assert (links.describe("ve-h"), links.describe("ve-i")) == before
 
 
-def test_a_pair_whose_inside_has_moved_away_is_made_anew(namespace: Callable[[], Namespace]) -> None:
+def test_a_pair_whose_inside_has_moved_away_is_made_again(namespace: Callable[[], Namespace]) -> None:
     sandbox = namespace()
     links.ensure_veth("ve-h", "ve-i")
     sandbox.adopt("ve-i")
@@ -187,7 +187,7 @@ def test_an_end_that_moved_away_is_not_taken_for_one_with_its_index_here(namespa
     assert links.exists("ve-h")
 
 
-def test_a_pair_with_another_end_is_made_anew() -> None:
+def test_a_pair_with_another_end_is_made_again() -> None:
     links.ensure_veth("ve-h", "ve-x")
     links.ensure_veth("ve-h", "ve-i")
     assert links.exists("ve-i")
@@ -313,7 +313,7 @@ def test_many_threads_at_once_and_nothing_left_after_close() -> None:
     assert descriptors() == before
 
 
-def test_close_waits_for_what_is_under_way_and_the_next_use_starts_anew() -> None:
+def test_close_waits_for_what_is_under_way_and_the_next_use_starts_again() -> None:
     for turn in range(10):
         links.ensure_veth(f"h{turn}", f"i{turn}")
     with ThreadPoolExecutor(10) as callers:

@@ -380,7 +380,7 @@ def test_a_released_port_can_be_bound_at_once(protocol: TransportProtocol) -> No
         assert free(8080, protocol)
 
 
-def test_after_close_everything_is_free_and_can_begin_anew() -> None:
+def test_after_close_everything_is_free_and_can_begin_again() -> None:
     ports.publish("a", [p(8080)], addresses=BOTH)
     ports.close()
     assert free(8080)

@@ -158,7 +158,7 @@ def test_what_it_does_not_do(lab: Lab, caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.fixture
 def docker(iptables: None, tmp_path: Path) -> Iterator[Callable[[], Docker]]:
-    """Starts the plugin, anew each time, with what is on disk and in the kernel."""
+    """Starts the plugin, again each time, with what is on disk and in the kernel."""
     plugins: list[Plugin] = []
 
     def stop() -> None:

@@ -1,4 +1,4 @@
-"""When a shortcut past a bridge is made anew, and what is left of it; test_overlay.py sends frames by it."""
+"""When a shortcut past a bridge is made again, and what is left of it; test_overlay.py sends frames by it."""
 
 from __future__ import annotations
 

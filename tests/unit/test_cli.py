@@ -1,4 +1,4 @@
-"""The program `netplugin` as a whole, and `netplugin check`."""
+"""The `netplugin` command line as a whole, and `netplugin check`."""
 
 from __future__ import annotations
 

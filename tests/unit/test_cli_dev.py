@@ -216,7 +216,7 @@ def test_new_files_count_but_not_those_that_are_nobodys_code(dev: Dev) -> None:
         (dev.folder / name).touch()
     (dev.folder / "further.py").touch()
     wait_for(lambda: dev.ask()["pid"] != pid, "a new process")
-    assert re.findall(r".*changed.*", dev.log) == ["further.py changed: starting anew"], "neither before nor with it"
+    assert re.findall(r".*changed.*", dev.log) == ["further.py changed: starting again"], "neither before nor with it"
 
 
 def test_ctrl_c_ends_it_and_removes_the_socket(dev: Dev) -> None:

@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from netplugin_sdk import Plugin
-from netplugin_sdk.cli import doctor, inspect, main
-from netplugin_sdk.cli.doctor import Finding, Level
+from netplugin_sdk.cli import findings, inspect, main
+from netplugin_sdk.cli.findings import Finding, Level
 from netplugin_sdk.cnm.remote import Folders
-from netplugin_sdk.inspection.snapshot import Difference, Fact, Snapshot
+from netplugin_sdk.inspection.model import Difference, Fact, Snapshot
 
 from .lab import NETWORK, Docker, Publisher, create_network
 from .test_drawing import CASES, endpoint, network, of
@@ -184,7 +184,7 @@ def test_repair_tells_nobody_else_who_listens(tmp_path: Path, monkeypatch: pytes
 def levels(findings: Iterator[Finding]) -> dict[str, Level]:
     found = list(findings)
     for finding in found:
-        assert (finding.mend is None) == (finding.level is Level.OK), "what is not well has a command that mends it"
+        assert (finding.fix is None) == (finding.level is Level.OK), "what is not well has a command that fixes it"
     return {finding.text: finding.level for finding in found}
 
 
@@ -195,7 +195,7 @@ def test_doctor_as_json_on_this_machine() -> None:
     assert {each["topic"] for each in found} >= {"Python", "Kernel", "Sysctls", "Docker"}
     docker = next(each for each in found if each["topic"] == "Docker")
     assert docker["level"] == "problem"
-    assert "systemctl start docker" in docker["mend"]
+    assert "systemctl start docker" in docker["fix"]
 
 
 def bound(path: Path, *, listening: bool = True) -> socket.socket:
@@ -210,7 +210,7 @@ def bound(path: Path, *, listening: bool = True) -> socket.socket:
 def test_doctor_tells_sockets_apart(tmp_path: Path) -> None:
     with bound(tmp_path / "live.sock"), bound(tmp_path / "inside" / "inside.sock"):
         bound(tmp_path / "stale.sock").close()
-        assert levels(doctor._sockets(tmp_path)) == {
+        assert levels(findings._sockets(tmp_path)) == {
             f"live listens at {tmp_path}/live.sock": Level.OK,
             f"inside listens at {tmp_path}/inside/inside.sock": Level.OK,
             f"{tmp_path}/stale.sock is stale: nobody listens, and Docker waits in vain": Level.WARNING,
@@ -221,21 +221,21 @@ def test_doctor_finds_what_a_trace_has_left(tmp_path: Path) -> None:
     place, folder = tmp_path / "x.sock", tmp_path / ".x.sock.traced"
     with bound(folder / "plugin") as plugin:
         with bound(place):
-            assert levels(doctor._sockets(tmp_path)) == {f"x listens at {place}, under a trace": Level.OK}
-        (finding,) = doctor._sockets(tmp_path)
+            assert levels(findings._sockets(tmp_path)) == {f"x listens at {place}, under a trace": Level.OK}
+        (finding,) = findings._sockets(tmp_path)
         text = "a trace of x was killed: Docker's calls end at it, while the plugin listens"
         assert (finding.level, finding.text) == (Level.PROBLEM, text)
-        subprocess.run(finding.mend or "", shell=True, check=True)
-        assert levels(doctor._sockets(tmp_path)) == {f"x listens at {place}": Level.OK}
+        subprocess.run(finding.fix or "", shell=True, check=True)
+        assert levels(findings._sockets(tmp_path)) == {f"x listens at {place}": Level.OK}
         plugin.close()
     folder.mkdir()
     place.unlink()
-    assert levels(doctor._sockets(tmp_path)) == {f"{folder} is left of a trace of x": Level.WARNING}
+    assert levels(findings._sockets(tmp_path)) == {f"{folder} is left of a trace of x": Level.WARNING}
 
 
 def test_doctor_minds_who_may_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    assert list(levels(doctor._sockets(tmp_path)).values()) == [Level.PROBLEM]
+    assert list(levels(findings._sockets(tmp_path)).values()) == [Level.PROBLEM]
 
 
 def test_doctor_reads_specs(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_doctor_reads_specs(tmp_path: Path) -> None:
         "gone.spec": f"unix://{tmp_path}/gone.sock",
     }.items():
         (tmp_path / name).write_text(text)
-    found = levels(doctor._specs(Folders(specs=(tmp_path,)).specs))
+    found = levels(findings._specs(Folders(specs=(tmp_path,)).specs))
     by_name = {
         Path(path).name: level for path, level in ((_file(text, tmp_path), level) for text, level in found.items())
     }
@@ -273,7 +273,7 @@ def test_doctor_finds_state_without_a_plugin(tmp_path: Path) -> None:
     (tmp_path / "bad" / "state.db").write_bytes(b"nonsense" * 200)
     (tmp_path / "other").mkdir()
     with Plugin(Publisher(), state=tmp_path / "live", docker=None):
-        found = levels(doctor._states(tmp_path))
+        found = levels(findings._states(tmp_path))
     damaged = next(text for text in found if "bad" in text)
     assert found == {
         damaged: Level.PROBLEM,
@@ -285,11 +285,11 @@ def test_doctor_finds_state_without_a_plugin(tmp_path: Path) -> None:
 
 def test_doctor_reads_dockers_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "daemon.json"
-    monkeypatch.setattr(doctor, "_DAEMON_FILE", file)
+    monkeypatch.setattr(findings, "_DAEMON_FILE", file)
     file.write_text('{"iptables": false, "userland-proxy": false}')
-    found = levels(doctor._Engine().findings())
+    found = levels(findings._Engine().findings())
     assert [level for text, level in found.items() if text.startswith("iptables is off")] == [Level.WARNING]
     assert any(text.startswith("no userland proxy") for text in found)
     file.write_text("{")
-    found = levels(doctor._Engine().findings())
+    found = levels(findings._Engine().findings())
     assert [level for text, level in found.items() if "malformed" in text] == [Level.PROBLEM]

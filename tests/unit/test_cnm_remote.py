@@ -584,7 +584,7 @@ def test_activation_is_asked_for_once_and_tells_kinds_apart(path: Path) -> None:
         assert [(request.method, request.body) for request in server.requests] == [("Plugin.Activate", b"")]
 
 
-def test_an_activation_that_fails_is_tried_anew(path: Path) -> None:
+def test_an_activation_that_fails_is_tried_again(path: Path) -> None:
     replies = reply(b"busy", 500), reply(b'{"Implements": 5}'), reply(b"{}")
     with raw(path, answering(*replies)), RemotePlugin(at(path)) as plugin:
         for said in ("Plugin.Activate: busy", "json: cannot unmarshal number"):

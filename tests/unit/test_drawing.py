@@ -16,7 +16,7 @@ from netplugin_sdk import TransportProtocol
 from netplugin_sdk.inspection import drawing
 from netplugin_sdk.inspection.drawing import Box, Picture, Text, layout, port_texts, wrap
 from netplugin_sdk.inspection.kernel import Interface
-from netplugin_sdk.inspection.snapshot import Difference, Fact, InspectedEndpoint, InspectedNetwork, Port, Snapshot
+from netplugin_sdk.inspection.model import Difference, Fact, InspectedEndpoint, InspectedNetwork, Port, Snapshot
 
 LONG = "project_of_a_company-service-with-many-parts.and-a-replica-number-00000001"
 SVG = "{http://www.w3.org/2000/svg}"

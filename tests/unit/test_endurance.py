@@ -88,7 +88,7 @@ def test_a_plugin_does_not_grow(tmp_path: Path) -> None:
     driver, threads = Builder(), len(tasks())
     with Plugin(driver, state=tmp_path) as plugin:
         docker = Docker(plugin)
-        for number in range(settled):  # until SQLite's log has been moved into the file, and begun anew
+        for number in range(settled):  # until SQLite's log has been moved into the file, and begun again
             life(docker, number)
         before, files = size(), open_files()
         for number in range(settled, settled + lives):

@@ -1,4 +1,4 @@
-"""A plugin's state, the kernel's interfaces and Docker's lists, held against each other with none of them there."""
+"""A plugin's state, the kernel's interfaces and Docker's lists, compared with each other with none of them there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import pytest
 
 from netplugin_sdk import MacAddress, NotFound, Plugin, TransportProtocol, Unavailable
 from netplugin_sdk.core.store import StoredNetwork
-from netplugin_sdk.inspection import remembered, snapshot
+from netplugin_sdk.inspection import disk, looking
+from netplugin_sdk.inspection.comparing import compare
 from netplugin_sdk.inspection.engine import Engine, EngineEndpoint, EngineNetwork
-from netplugin_sdk.inspection.kernel import Host, Interface, Listener, Sight
-from netplugin_sdk.inspection.snapshot import Snapshot, compare
+from netplugin_sdk.inspection.kernel import Host, Interface, Listener, NamespaceView
+from netplugin_sdk.inspection.model import Snapshot
 from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.protocol.messages import encode
 
@@ -60,7 +61,7 @@ def plugin(tmp_path: Path) -> Iterator[Plugin]:
 
 
 def networks(plugin: Plugin, tmp_path: Path) -> Mapping[str, StoredNetwork]:
-    return remembered.read(tmp_path / "state")
+    return disk.read(tmp_path / "state")
 
 
 def interface(name: str, **fields: Any) -> Interface:
@@ -73,13 +74,13 @@ def bridge(name: str = BRIDGE, **fields: Any) -> Interface:
 
 
 INNER = interface("eth0", index=9, mac=str(MAC), addresses=(ip_interface("172.18.0.2/16"),))
-SEEN = Sight({"eth0": INNER}, (ip_address("172.18.0.1"),))
+SEEN = NamespaceView({"eth0": INNER}, (ip_address("172.18.0.1"),))
 LISTENER = Listener(TCP, ip_address("0.0.0.0"), 18080)
 
 
 def host(*interfaces: Interface, listeners: tuple[Listener, ...] = (LISTENER,), rules: Any = None) -> Host:
     there = interfaces or (bridge(), interface(OUTER, link=9, master=BRIDGE))
-    return Host(Sight({each.name: each for each in there}), frozenset(listeners), rules)
+    return Host(NamespaceView({each.name: each for each in there}), frozenset(listeners), rules)
 
 
 LISTED = EngineEndpoint(
@@ -157,18 +158,18 @@ CASES = {
         ["IPv4: state has 172.18.0.2/16, kernel has 172.18.0.2/16, Docker has 172.18.0.9/16"],
     ),
     "another address in the container": (
-        changed(seen=Sight({"eth0": msgspec.structs.replace(INNER, addresses=())}, SEEN.gateways)),
+        changed(seen=NamespaceView({"eth0": msgspec.structs.replace(INNER, addresses=())}, SEEN.gateways)),
         ["IPv4: state has 172.18.0.2/16, kernel has none, Docker has 172.18.0.2/16"],
     ),
     "another MAC address": (
-        changed(seen=Sight({"eth0": msgspec.structs.replace(INNER, mac="02:00:00:00:00:01")}, SEEN.gateways)),
+        changed(seen=NamespaceView({"eth0": msgspec.structs.replace(INNER, mac="02:00:00:00:00:01")}, SEEN.gateways)),
         [f"MAC: state has {MAC}, kernel has 02:00:00:00:00:01, Docker has {MAC}"],
     ),
     "another route": (
-        changed(seen=Sight(SEEN.interfaces, (ip_address("172.18.0.7"),))),
+        changed(seen=NamespaceView(SEEN.interfaces, (ip_address("172.18.0.7"),))),
         ["route: state has 172.18.0.1, kernel has 172.18.0.7"],
     ),
-    "no interface in the container": (changed(seen=Sight({})), ["its container has no interface for it"]),
+    "no interface in the container": (changed(seen=NamespaceView({})), ["its container has no interface for it"]),
     "no sandbox": (changed(seen=None), ["its sandbox is gone"]),
     "no bridge, and rules for it": (
         changed(here=host(interface(OUTER, link=9), rules={BRIDGE: NETWORK[:12]})),
@@ -254,7 +255,7 @@ def test_a_bridge_of_another_name_is_found_by_its_ports(plugin: Plugin, tmp_path
 
 
 def test_the_ports_are_those_that_the_driver_has_attached(plugin: Plugin, tmp_path: Path) -> None:
-    store = remembered.read(tmp_path / "state")
+    store = disk.read(tmp_path / "state")
     endpoint = store[NETWORK].endpoints[ENDPOINT]
     published = Published(
         protocol=TCP, host_address=IPv4Address("127.0.0.1"), host_port=40000, address=IPv4Address("172.18.0.2"), port=80
@@ -270,23 +271,21 @@ def test_what_is_half_done_is_said(tmp_path: Path) -> None:
     with Plugin(driver, state=tmp_path / "state", docker=None) as plugin:
         driver.hooks["create_network"] = lambda _: copy_state(tmp_path / "state", tmp_path / "killed")
         Docker(plugin)("CreateNetwork", create_network())
-    made = compare("p", remembered.read(tmp_path / "killed"), None, host(bridge()), {})
+    made = compare("p", disk.read(tmp_path / "killed"), None, host(bridge()), {})
     assert texts(made) == ["CreateNetwork was begun and is not finished"]
 
 
 def test_what_passes_is_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Containers come and go while it looks: what is wrong only once is not."""
     looks = iter([listed(mac="02:00:00:00:00:09"), engine()])
-    monkeypatch.setattr(snapshot, "_SETTLE", 0)
-    monkeypatch.setattr(snapshot, "_look", lambda *_: compare("p", None, next(looks), host(), {ENDPOINT: SEEN}))
-    assert texts(snapshot.take("p", tmp_path)) == []
+    monkeypatch.setattr(looking, "_look", lambda *_: compare("p", None, next(looks), host(), {ENDPOINT: SEEN}))
+    assert texts(looking.take("p", tmp_path, settle=0.0)) == []
 
 
 def test_what_stays_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(snapshot, "_SETTLE", 0)
     found = listed(mac="02:00:00:00:00:09")
-    monkeypatch.setattr(snapshot, "_look", lambda *_: compare("p", None, found, host(), {ENDPOINT: SEEN}))
-    made = snapshot.take("p", tmp_path)
+    monkeypatch.setattr(looking, "_look", lambda *_: compare("p", None, found, host(), {ENDPOINT: SEEN}))
+    made = looking.take("p", tmp_path, settle=0.0)
     assert len(made.differences) == 1
     assert [fact.name for fact in made.networks[0].endpoints[0].facts if fact.wrong] == ["MAC"]
 
@@ -316,7 +315,7 @@ def test_a_pair_is_found_whatever_its_name() -> None:
     """As of plugins in other languages."""
     inner = msgspec.structs.replace(INNER, link=5)
     here = host(bridge("docker7"), interface("veth1a2b", index=5, link=9, master="docker7"))
-    made = compare("p", None, engine(), here, {ENDPOINT: Sight({"eth0": inner})})
+    made = compare("p", None, engine(), here, {ENDPOINT: NamespaceView({"eth0": inner})})
     assert texts(made) == []
     (network,) = made.networks
     assert [each.name for each in network.interfaces] == ["docker7"]
@@ -329,7 +328,7 @@ class TooQuick(Exception):
 
 def read_soon(folder: Path) -> Mapping[str, StoredNetwork]:
     try:
-        return remembered.read(folder)
+        return disk.read(folder)
     except Unavailable as error:
         raise TooQuick if "changes too quickly" in str(error) else error from None
 
@@ -341,7 +340,7 @@ def test_a_copy_is_of_one_moment_however_much_is_written(
     Docker(plugin)("CreateNetwork", create_network(OTHER_NETWORK))
     folder = tmp_path / "other"
     folder.mkdir()
-    remembered._copy(tmp_path / "state", folder)
+    disk._copy(tmp_path / "state", folder)
     done = threading.Event()
 
     def write() -> None:
@@ -382,25 +381,25 @@ def test_a_copy_is_of_one_moment_however_much_is_written(
 
 def test_no_state_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"there is no .*state\.db"):
-        remembered.read(tmp_path)
+        disk.read(tmp_path)
 
 
 def test_a_damaged_file_is_named_by_its_own_path(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"nonsense" * 200)
     with pytest.raises(Unavailable, match=str(tmp_path / "state.db")):
-        remembered.read(tmp_path)
+        disk.read(tmp_path)
 
 
 def test_the_holder_is_who_has_the_lock_open(plugin: Plugin, tmp_path: Path) -> None:
     folder = tmp_path / "state"
-    assert remembered.holder(folder) == os.getpid()
+    assert disk.holder(folder) == os.getpid()
     (folder / "lock").write_text("pid 1")  # in a PID namespace of its own
-    assert remembered.holder(folder) == os.getpid()
+    assert disk.holder(folder) == os.getpid()
 
 
 def test_a_pid_that_was_left_behind_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text(f"pid {os.getpid()}")
-    assert remembered.holder(tmp_path) is None
+    assert disk.holder(tmp_path) is None
 
 
 def test_endpoints_that_were_not_joined_are_expected_nowhere(tmp_path: Path) -> None:

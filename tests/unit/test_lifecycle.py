@@ -199,7 +199,7 @@ def test_another_request_under_a_known_id_is_a_conflict(
     assert driver.calls == []
 
 
-def test_other_ports_are_programmed_anew(running: Docker, driver: Publisher) -> None:
+def test_other_ports_are_programmed_again(running: Docker, driver: Publisher) -> None:
     for port in (18080, 18081, 18080, 18080):
         running("ProgramExternalConnectivity", publishing(port=port))
     assert driver.calls == ["program 18080", "program 18081", "program 18080"]

@@ -1,4 +1,4 @@
-"""`netplugin new`, held against cookiecutter itself; and what comes of it, as far as it can be told unrun."""
+"""`netplugin new`, compared with cookiecutter itself; and what comes of it, as far as it can be told unrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is on disk held against what Docker lists, by a small server that says what an engine would."""
+"""What is on disk compared with what Docker lists, by a small server that says what an engine would."""
 
 from __future__ import annotations
 

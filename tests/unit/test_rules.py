@@ -1,7 +1,7 @@
 """What the firewall writes down for a policy, and how it gets from one to the next. Needs no kernel.
 
 ``tests/unit/golden`` shows for some policies all that stands in the tables of a host that had nothing before. After a
-change that is meant, write the files anew and read the difference:
+change that is meant, write the files again and read the difference:
 
     NETPLUGIN_GOLDEN=write .venv/bin/python -m pytest tests/unit/test_rules.py
 """

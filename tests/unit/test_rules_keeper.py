@@ -273,7 +273,7 @@ def test_a_removal_that_failed_is_logged_and_then_waited_for(
 
 
 def test_another_label_is_not_only_a_removal(backend: Remembering) -> None:
-    """All rules are written anew, since it is in their comments."""
+    """All rules are written again, since it is in their comments."""
     soon(firewall.ensure, PLAIN)
     backend.refused["br-1"] = FirewallError("no")
     with pytest.raises(FirewallError):

@@ -21,7 +21,7 @@ from netplugin_sdk import Conflict, DriverError, Unavailable
 from netplugin_sdk.cnm.remote import Address, Patience, RemotePlugin
 from netplugin_sdk.testing import tap as tap_module
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark
-from netplugin_sdk.testing.tap import Tap, mend
+from netplugin_sdk.testing.tap import Tap, restore
 
 from ..patience import PATIENCE
 from ..volume import volume
@@ -276,7 +276,7 @@ def test_only_one_at_a_time(raw: Raw) -> None:
         with pytest.raises(Conflict, match=r"raw\.sock is traced already"):
             Tap(raw.path)
         with pytest.raises(Conflict):
-            mend(raw.path)
+            restore(raw.path)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
@@ -446,11 +446,11 @@ def test_the_next_trace_mends_what_two_killed_processes_left(tmp_path: Path) -> 
         )
         assert (done.returncode, done.stdout) == (0, f"{served.path} leads to its plugin again\n")
         assert file_of(served.path) == made
-        assert not mend(served.path)
+        assert not restore(served.path)
 
         kill_both(served.path)
         with watched(served.path) as tap:
-            assert tap.tap.mended
+            assert tap.tap.restored
             assert served.connect().echo(a="1") == {"a": "1"}
         assert file_of(served.path) == made
         assert list(tmp_path.iterdir()) == [served.path]

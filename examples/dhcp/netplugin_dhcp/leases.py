@@ -148,7 +148,7 @@ class Leases:
         self._do(_release(Interface(mac), lease))
 
     def close(self) -> None:
-        """End the thread. Leases stay what they are; the next use starts anew, and keeps none."""
+        """End the thread. Leases stay what they are; the next use starts again, and keeps none."""
         with self._guard:
             loop, thread, self._loop = self._loop, self._thread, None
         if loop is not None and thread is not None:

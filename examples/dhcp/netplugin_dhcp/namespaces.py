@@ -28,7 +28,7 @@ def within(namespace: str | None, function: Callable[[], T]) -> T:
 def interface_of(mac: MacAddress) -> str:
     """The name of the interface with this MAC address, in the caller's namespace. Raises OSError if there is none.
 
-    Inside a container it is the engine that names it, and the container that may name it anew.
+    Inside a container it is the engine that names it, and the container that may name it again.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():

@@ -86,7 +86,7 @@ class Check:
     hint: str
     """What to look at if it fails."""
     function: Callable[..., None]
-    """Takes a `Session`; raises `Failed` if the plugin does not keep to the contract."""
+    """Takes a session; raises ``Failed`` if the plugin does not keep to the contract."""
     requires: frozenset[Requirement]
     after: tuple[str, ...]
     """Ids of the checks that must have passed, in the order in which they run; so what is reported is the cause."""

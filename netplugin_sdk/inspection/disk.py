@@ -21,7 +21,7 @@ def read(folder: Path) -> Mapping[str, StoredNetwork[DriverOptions]]:
     """The networks by id, with their endpoints; options are to be read raw, since the driver's class is not known.
 
     The plugin holds SQLite's lock, so a copy is read. What the log has counts before what the file has, and the log
-    only grows until all of it is in the file; then it begins anew, under another header. So if the header is the same
+    only grows until all of it is in the file; then it begins again, under another header. So if the header is the same
     before the file is read and after the log is, the log has all that the file has, and a torn end of it, which its
     checksums tell, is a transaction that was not complete.
 

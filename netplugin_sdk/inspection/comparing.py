@@ -1,270 +1,35 @@
-"""One structure of state, kernel and Docker, with what differs.
-
-Of each network and endpoint there are facts, such as its MAC address; a fact has what each of the three says, where it
-says anything. State counts, since it is what Docker was told.
-"""
+"""State, kernel and Docker compared, without looking at anything."""
 
 from __future__ import annotations
 
-import os
 import re
 import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, suppress
 from ipaddress import ip_address
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Any
 
 import msgspec
 
-from netplugin_sdk.cnm import remote
-from netplugin_sdk.core.engine_api import DockerError
 from netplugin_sdk.core.store import StoredEndpoint, StoredNetwork
-from netplugin_sdk.errors import DriverError, InvalidRequest, NotFound, Unavailable
-from netplugin_sdk.inspection import engine, kernel, remembered
 from netplugin_sdk.inspection.engine import Engine, EngineEndpoint, EngineNetwork
-from netplugin_sdk.inspection.kernel import Host, Interface, Sight
-from netplugin_sdk.linux.namespaces import Namespace
+from netplugin_sdk.inspection.kernel import Host, Interface, NamespaceView
+from netplugin_sdk.inspection.model import (
+    UNKNOWN_TO_DOCKER,
+    Difference,
+    Fact,
+    InspectedEndpoint,
+    InspectedNetwork,
+    Port,
+    Snapshot,
+    about_endpoint,
+    about_network,
+)
 from netplugin_sdk.linux.ports import Published
-from netplugin_sdk.values import IPAddress, IPInterface, TransportProtocol
+from netplugin_sdk.values import IPInterface, TransportProtocol
 
-UNKNOWN_TO_DOCKER = "Docker does not know it"
-"""What is wrong with what a plugin removes by itself, when Docker has not known it for half a minute."""
-
-_SETTLE = 1.0  # seconds after which what differs is looked at again: containers come and go
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}")
 _OWN = re.compile(r"(..?)-([0-9a-zA-Z]{12})")  # `Network.interface_name`
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _PUBLISHED = frozenset(Published.__dataclass_fields__)
-
-
-class Fact(msgspec.Struct, frozen=True, kw_only=True):
-    """What the three say of one thing; None: it says nothing of it, or could not be asked."""
-
-    name: str
-    state: str | None = None
-    kernel: str | None = None
-    docker: str | None = None
-    wrong: str | None = None
-    """What is wrong, in words; None if all is well."""
-
-    @classmethod
-    def compared(cls, name: str, state: str | None, kernel: str | None = None, docker: str | None = None) -> Self:
-        """A fact of which all that say anything have to say the same."""
-        said = {"state": state, "kernel": kernel, "Docker": docker}
-        present = {who: text for who, text in said.items() if text is not None}
-        wrong = None
-        if len(set(present.values())) > 1:
-            wrong = f"{name}: " + ", ".join(f"{who} has {text or 'none'}" for who, text in present.items())
-        return cls(name=name, state=state, kernel=kernel, docker=docker, wrong=wrong)
-
-
-class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """A published port. `host_address` ``0.0.0.0`` or ``::`` is every address."""
-
-    protocol: TransportProtocol
-    host_address: IPAddress
-    host_port: int
-    container_port: int
-
-    def __str__(self) -> str:
-        """Such as ``0.0.0.0:8080 → 80/tcp``."""
-        address = f"[{self.host_address}]" if self.host_address.version == 6 else f"{self.host_address}"
-        return f"{address}:{self.host_port} → {self.container_port}/{self.protocol}"
-
-
-class InspectedEndpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """An endpoint, as the three have it."""
-
-    id: str
-    name: str
-    """Of its container, as far as it is known; else the start of the id."""
-    joined: bool
-    """Whether it is in a sandbox."""
-    addresses: tuple[IPInterface, ...]
-    mac: str | None
-    outside: Interface | None
-    """On the host: a veth's outer end."""
-    inside: Interface | None
-    """In the container."""
-    ports: tuple[Port, ...]
-    facts: tuple[Fact, ...]
-
-
-class InspectedNetwork(msgspec.Struct, frozen=True, kw_only=True):
-    """A network, as the three have it."""
-
-    id: str
-    name: str
-    """Docker's, as far as it is known; else the start of the id."""
-    internal: bool
-    subnets: tuple[str, ...]
-    interfaces: tuple[Interface, ...]
-    """On the host, such as its bridge."""
-    endpoints: tuple[InspectedEndpoint, ...]
-    facts: tuple[Fact, ...]
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is not as it should be."""
-
-    about: str
-    """Such as ``network red (ca75b6ab4104)``."""
-    text: str
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.about}: {self.text}"
-
-
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a plugin at one time."""
-
-    plugin: str
-    hostname: str
-    sources: Mapping[str, str]
-    """State, kernel, Docker: where it was read, and of what could not be read, why."""
-    served: bool | None
-    """Whether somebody listens; None where that cannot be seen."""
-    pid: int | None
-    """The process that holds the state folder, as it is seen here."""
-    networks: tuple[InspectedNetwork, ...]
-    differences: tuple[Difference, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """Such as ``2 networks, 5 endpoints: all agree``."""
-        endpoints = sum(len(network.endpoints) for network in self.networks)
-        said = _count(len(self.differences), "difference") if self.differences else "all agree"
-        return f"{_count(len(self.networks), 'network')}, {_count(endpoints, 'endpoint')}: {said}"
-
-
-def take(plugin: str, folder: Path) -> Snapshot:
-    """Look at a plugin of this name, with state in `folder`, in the network namespace of the caller.
-
-    What differs is looked at twice, a second apart, and counts if it is there both times.
-
-    Raises:
-        InvalidRequest: the name cannot be one.
-        NotFound: there is no plugin of this name, as far as can be seen.
-        Unavailable: neither its state nor Docker can be asked.
-    """
-    if not _NAME.fullmatch(plugin):
-        raise InvalidRequest(f"{plugin!r} cannot be a plugin's name: letters, digits, and _ . - after the first")
-    first = _look(plugin, folder)
-    if not first.differences:
-        return first
-    time.sleep(_SETTLE)
-    second = _look(plugin, folder)
-    both = tuple(each for each in second.differences if each in first.differences)
-    return msgspec.structs.replace(
-        second, differences=both, networks=tuple(_without_passing(network, both) for network in second.networks)
-    )
-
-
-def _without_passing(network: InspectedNetwork, differences: tuple[Difference, ...]) -> InspectedNetwork:
-    def kept(facts: tuple[Fact, ...], about: str) -> tuple[Fact, ...]:
-        return tuple(
-            msgspec.structs.replace(fact, wrong=None)
-            if fact.wrong and Difference(about=about, text=fact.wrong) not in differences
-            else fact
-            for fact in facts
-        )
-
-    endpoints = tuple(
-        msgspec.structs.replace(endpoint, facts=kept(endpoint.facts, about_endpoint(network, endpoint)))
-        for endpoint in network.endpoints
-    )
-    return msgspec.structs.replace(network, facts=kept(network.facts, about_network(network)), endpoints=endpoints)
-
-
-# ------------------------------------------------------------------------------------------------------------- look
-
-
-def _look(plugin: str, folder: Path) -> Snapshot:
-    sources: dict[str, str] = {}
-    networks: Mapping[str, StoredNetwork] | None = None
-    found: Engine | None = None
-    try:
-        networks, sources["state"] = remembered.read(folder), str(folder)
-    except (NotFound, Unavailable) as error:
-        sources["state"] = f"not read: {error}"
-    here = kernel.host()
-    sources["kernel"] = "this host"
-    try:
-        found = engine.look(plugin)
-        sources["docker"] = f"Engine {found.version}"
-    except (Unavailable, DockerError) as error:
-        sources["docker"] = f"not asked: {error}"
-    if networks is None and found is None:
-        hint = "" if os.geteuid() == 0 else "; run it as root"
-        raise Unavailable(f"there is nothing to compare; state: {sources['state']}; Docker: {sources['docker']}{hint}")
-    pid = remembered.holder(folder)
-    sandboxes, unseen = _sandboxes(networks, found)
-    if unseen:
-        sources["kernel"] += f"; not the containers' namespaces, nor the firewall: {unseen}"
-    served = _is_served(plugin, pid, found)
-    if networks is None and not (found and found.networks) and not served:
-        text = "nobody listens, and Docker has no network of it"
-        raise NotFound(f"there is no plugin {plugin!r}: {text}; state: {sources['state']}")
-    snapshot = compare(plugin, networks, found, here, sandboxes)
-    differences = snapshot.differences
-    if served is False:
-        text = "nobody serves it: Docker's calls for its networks fail, and published ports are not held"
-        differences = (Difference(about=f"plugin {plugin}", text=text), *differences)
-    return msgspec.structs.replace(snapshot, sources=sources, served=served, pid=pid, differences=differences)
-
-
-def _sandboxes(
-    networks: Mapping[str, StoredNetwork] | None, found: Engine | None
-) -> tuple[dict[str, Sight | None], str | None]:
-    """What is seen in the sandboxes, by endpoint: None where there is none any more; and why not all were looked at."""
-    if os.geteuid() != 0:
-        return {}, "that needs root"
-    places: dict[str, tuple[Path, ...]] = {}
-    for network in (networks or {}).values():
-        for endpoint in network.endpoints.values():
-            if endpoint.sandbox is not None:
-                places[endpoint.id] = (Path(endpoint.sandbox.key),)
-    for listed in found.networks.values() if found else ():
-        for each in listed.endpoints.values():
-            # An engine with a mount namespace of its own has its sandboxes there, and their processes are here.
-            if each.container and not any(Namespace(path).exists for path in places.get(each.id, ())):
-                with suppress(DockerError, Unavailable):
-                    places[each.id] = (*places.get(each.id, ()), *engine.sandbox(each.container))
-    seen: dict[str, Sight | None] = {}
-    try:
-        for endpoint_id, paths in places.items():
-            sights = (kernel.inside(path) for path in paths)
-            seen[endpoint_id] = next((sight for sight in sights if sight is not None), None)
-    except PermissionError:
-        return {}, "that is not permitted"
-    return seen, None
-
-
-def _is_served(plugin: str, pid: int | None, found: Engine | None) -> bool | None:
-    if pid is not None or (found and found.managed):
-        return True
-    try:
-        url = remote.find(plugin).url
-    except DriverError:
-        return False
-    where = urlsplit(url)
-    is_unix = where.scheme == "unix"
-    with closing(socket.socket(socket.AF_UNIX) if is_unix else socket.socket()) as probe:
-        probe.settimeout(2)
-        try:
-            probe.connect(where.path if is_unix else (where.hostname, where.port or 443))
-        except PermissionError:
-            return None
-        except OSError:
-            return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------- compare
 
 
 def compare(
@@ -272,9 +37,9 @@ def compare(
     networks: Mapping[str, StoredNetwork] | None,
     found: Engine | None,
     here: Host,
-    sandboxes: Mapping[str, Sight | None],
+    sandboxes: Mapping[str, NamespaceView | None],
 ) -> Snapshot:
-    """Hold them against each other, without looking at anything.
+    """Compare them.
 
     Args:
         plugin: its name.
@@ -308,7 +73,7 @@ class _Network:
         networks: Mapping[str, StoredNetwork] | None,
         found: Engine | None,
         here: Host,
-        sandboxes: Mapping[str, Sight | None],
+        sandboxes: Mapping[str, NamespaceView | None],
         network_id: str,
     ) -> None:
         self.id = network_id
@@ -489,7 +254,7 @@ def _of(version: int, addresses: Iterable[IPInterface]) -> list[IPInterface]:
     return [each for each in addresses if each.version == version]
 
 
-def _in_sandbox(known: StoredEndpoint | None, sight: Sight | None, inside: Interface | None) -> Fact:
+def _in_sandbox(known: StoredEndpoint | None, sight: NamespaceView | None, inside: Interface | None) -> Fact:
     place = known.sandbox.key if known and known.sandbox else None
     if sight is None:
         return Fact(name="inside", state=place, kernel="the sandbox is gone", wrong="its sandbox is gone")
@@ -500,7 +265,7 @@ def _in_sandbox(known: StoredEndpoint | None, sight: Sight | None, inside: Inter
     )
 
 
-def _routes(known: StoredEndpoint, sight: Sight) -> Iterator[Fact]:
+def _routes(known: StoredEndpoint, sight: NamespaceView) -> Iterator[Fact]:
     """Only of an endpoint that carries its container's default route: with ports, if it has any."""
     answer = msgspec.json.decode(known.join.answer) if known.join else {}
     for key, version in (("Gateway", 4), ("GatewayIPv6", 6)):
@@ -523,7 +288,7 @@ def _on_its_bridge(endpoint: InspectedEndpoint, bridges: set[str]) -> InspectedE
 
 
 def _inside(
-    sight: Sight, mac: str | None, addresses: tuple[IPInterface, ...], outside: Interface | None
+    sight: NamespaceView, mac: str | None, addresses: tuple[IPInterface, ...], outside: Interface | None
 ) -> Interface | None:
     """The container's end: the other end of a pair, or who has the addresses."""
     others = [each for each in sight.interfaces.values() if each.name != "lo"]
@@ -537,7 +302,7 @@ def _inside(
     return None
 
 
-def _other_end(inside: Interface, here: Sight) -> Interface | None:
+def _other_end(inside: Interface, here: NamespaceView) -> Interface | None:
     """Of a pair whose name says nothing, as of a plugin that was not made with this SDK."""
     for each in here.interfaces.values():
         if each.kind == inside.kind == "veth" and (each.index, each.link) == (inside.link, inside.index):
@@ -610,20 +375,6 @@ def _with_missing(network: InspectedNetwork, prefixes: set[str], here: Host) -> 
     return msgspec.structs.replace(network, facts=(*network.facts, missing))
 
 
-def about_network(network: InspectedNetwork) -> str:
-    """Such as ``network red (ca75b6ab4104)``."""
-    return f"network {_titled(network.name, network.id)}"
-
-
-def about_endpoint(network: InspectedNetwork, endpoint: InspectedEndpoint) -> str:
-    """Such as ``endpoint web (a8de4ba19c93) on red``."""
-    return f"endpoint {_titled(endpoint.name, endpoint.id)} on {network.name}"
-
-
-def _titled(name: str, id_: str) -> str:
-    return name if name == id_[:12] else f"{name} ({id_[:12]})"
-
-
 def _differences(networks: Iterable[InspectedNetwork]) -> Iterator[Difference]:
     for network in networks:
         for each in network.facts:
@@ -655,10 +406,6 @@ def _listing(values: Iterable[object]) -> str:
 def _in_order(named: InspectedNetwork | InspectedEndpoint) -> list[tuple[int, str]]:
     """By name, numbers in it by their value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", named.name)]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _yes(value: bool) -> str:
