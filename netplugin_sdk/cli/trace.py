@@ -21,6 +21,7 @@ from netplugin_sdk.cnm.remote import Address
 from netplugin_sdk.testing import recording
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark, differences
 from netplugin_sdk.testing.tap import Tap
+from netplugin_sdk.testing.tap import restore as restore_socket
 
 _REMEMBERED = 10_000  # requests, to know a repetition
 _NAMES = ("NetworkID", "EndpointID")  # they are in the line

@@ -354,7 +354,7 @@ class _Connection:
                 self._answers.ended = self._requests.begun  # whatever it is, we know no better
 
     def _hold(self, data: bytes) -> bool:
-        """A plugin that ends takes no request. An engine would see that before it sends it, and dial again, as we do."""
+        """A plugin that ends takes no request. An engine would see that first, and dial again, as we do."""
         if self.plugin is None or not data.startswith(b"POST ") or self._answers.ended == self._held_after:
             return False  # the last: nor is a new connection that takes nothing
         self._held_after = self._answers.ended
