@@ -21,8 +21,8 @@ from netplugin_sdk.cli.serve import ENVIRONMENT, Settings, no_module, plugin_opt
 from netplugin_sdk.serving.http import Limits
 from netplugin_sdk.serving.sockets import PLUGIN_FOLDER, tcp_socket, unix_socket
 
-_LOOK = 0.2  # seconds from one look at the files to the next
-_PATIENCE = Limits().drain_time + 5  # seconds for the old process to end
+_LOOK_EVERY = 0.2  # seconds from one look at the files to the next
+_END_TIMEOUT = Limits().drain_time + 5  # seconds for the old process to end
 _SETTLED = 0.05  # seconds without a change, after which somebody has saved all of it
 _FIRST_FD = 3  # sd_listen_fds(3)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -174,7 +174,7 @@ class _Reloader:
     def __init__(self, command: list[str], listener: socket.socket, roots: list[Path]) -> None:
         self._command, self._listener, self._roots = command, listener, roots
         self._signals = 0  # that asked for the end
-        self._pause = _LOOK
+        self._pause = _LOOK_EVERY
 
     def run(self) -> None:
         """Until SIGINT, SIGTERM or SIGHUP."""
@@ -200,7 +200,9 @@ class _Reloader:
     def _is_saved_since(self, saved: _Saved) -> bool:
         began = time.monotonic()
         found = _look(self._roots)
-        self._pause = max(_LOOK, 10 * (time.monotonic() - began))  # a tenth of a processor, in however large a folder
+        self._pause = max(
+            _LOOK_EVERY, 10 * (time.monotonic() - began)
+        )  # a tenth of a processor, in however large a folder
         if changed := sorted({path for path, _ in found.items() ^ saved.items()}):
             more = f" and {len(changed) - 1} more" if changed[1:] else ""
             _say(f"{os.path.relpath(changed[0])}{more} changed: starting again")
@@ -208,8 +210,8 @@ class _Reloader:
 
     def _stop(self, child: _Child) -> None:
         child.send(signal.SIGTERM)
-        signals, until = self._signals, time.monotonic() + _PATIENCE
-        while not child.ends(_LOOK):
+        signals, until = self._signals, time.monotonic() + _END_TIMEOUT
+        while not child.ends(_LOOK_EVERY):
             if self._signals > max(signals, 1) or time.monotonic() > until:
                 _say("it does not end: killing it", "red")
                 child.send(signal.SIGKILL)

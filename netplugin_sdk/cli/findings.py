@@ -35,7 +35,7 @@ from netplugin_sdk.testing.forwarder import Place
 _DAEMON_FILE = Path("/etc/docker/daemon.json")
 _BUILT_IN = frozenset(("bridge", "host", "null", "none", "overlay", "macvlan", "ipvlan"))
 _OLDEST = (20, 10)
-_PATIENCE = 15.0  # seconds for a program or an answer
+_PROGRAM_TIMEOUT = 15.0  # seconds for a program or an answer
 _RULES = (
     ("-N", "NETPLUGIN-doctor"),
     ("-A", "FORWARD", "-m", "comment", "--comment", "x", "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT"),
@@ -195,7 +195,9 @@ def _filters(topic: str) -> Iterator[Finding]:
 
 def _run(*command: str) -> tuple[int, str, str]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROGRAM_TIMEOUT, check=False, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, "", str(error)
     return done.returncode, done.stdout, done.stderr
@@ -278,7 +280,7 @@ class _Engine:
         self.managed: list[dict[str, Any]] = []
         self.failed: str | None = None
         try:
-            with Docker(timeout=_PATIENCE) as docker:
+            with Docker(timeout=_PROGRAM_TIMEOUT) as docker:
                 self.info = docker.call("GET", "/info")
                 self.listed = list(docker.networks().values())
                 self.managed = docker.call("GET", "/plugins") or []

@@ -13,7 +13,7 @@ import msgspec
 from netplugin_sdk.core.engine_api import Docker, DockerError
 from netplugin_sdk.values import IPAddress, IPInterface, IPNetwork
 
-_PATIENCE = 15.0  # seconds that an answer may take
+_ANSWER_TIMEOUT = 15.0  # seconds that an answer may take
 
 
 class EngineEndpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +50,7 @@ class Engine(msgspec.Struct, frozen=True):
 
 def look(plugin: str) -> Engine:
     """Ask the engine of this host. Raises `Unavailable` if it does not answer, `DockerError` if it refuses."""
-    with Docker(timeout=_PATIENCE) as docker:
+    with Docker(timeout=_ANSWER_TIMEOUT) as docker:
         networks = {}
         for listed in docker.networks().values():
             if _same(listed["Driver"], plugin):
@@ -63,7 +63,7 @@ def look(plugin: str) -> Engine:
 
 def sandbox(container: str) -> tuple[Path, ...]:
     """Where the network namespace of a container may be found. Raises as `look`."""
-    with Docker(timeout=_PATIENCE) as docker:
+    with Docker(timeout=_ANSWER_TIMEOUT) as docker:
         found = docker.call("GET", f"/containers/{container}/json")
     places = [f"/proc/{found['State']['Pid']}/ns/net"] if found["State"]["Pid"] else []
     return tuple(map(Path, [*places, found["NetworkSettings"]["SandboxKey"]]))

@@ -170,12 +170,11 @@ class Backend(Protocol):
 class _Keeper:
     """One thread that applies policies, several at a time where many are asked for at once, and keeps them in force."""
 
-    _QUIET = 0.2
-    """Seconds after somebody else's change before a look at it: they come in bursts."""
-    _POLL = 5.0
-    """Seconds between looks where changes are not announced."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: float = 0.2, poll: float = 5.0) -> None:
+        self.quiet = quiet
+        """Seconds from another program's change to a comparison: changes come in bursts."""
+        self.poll = poll
+        """Seconds between comparisons where changes are not announced."""
         self.chosen: BackendName | None = None
         self._changed = threading.Condition()
         self._policies: dict[str, Policy] = {}
@@ -198,7 +197,7 @@ class _Keeper:
         if wait:
             done.result()
         else:
-            done.add_done_callback(partial(_complain, bridge))
+            done.add_done_callback(partial(_log_failure, bridge))
 
     def settle(self) -> None:
         with self._changed:
@@ -270,7 +269,7 @@ class _Keeper:
                 if others and backend is not None:
                     # No look before the next change: it takes longer the more there is, and hardly anybody's change
                     # is to ours. One that does not fit what is there fails, and is made after a look.
-                    look_at = min(look_at, time.monotonic() + self._QUIET)
+                    look_at = min(look_at, time.monotonic() + self.quiet)
                 with self._changed:
                     asked, self._asked = self._asked, {}
                     policies = dict(self._policies)
@@ -284,7 +283,7 @@ class _Keeper:
                     _repair(backend, policies)
                     look_at = math.inf
                 if look_at == math.inf and policies and backend is not None and not backend.announced:
-                    look_at = time.monotonic() + self._POLL
+                    look_at = time.monotonic() + self.poll
 
     def _answer(
         self, backend: Backend | None, asked: dict[str, list[Future[None]]], policies: dict[str, Policy]
@@ -337,7 +336,7 @@ def _repair(backend: Backend, policies: dict[str, Policy]) -> None:
         _log.error("firewall: rules of %s were changed by others and cannot be put back: %s", bridge, error)
 
 
-def _complain(bridge: str, done: Future[None]) -> None:
+def _log_failure(bridge: str, done: Future[None]) -> None:
     if (error := done.exception()) is not None:
         _log.error("firewall: rules of %s cannot be removed: %s", bridge, error)
 

@@ -39,7 +39,7 @@ _ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 _RELAY = str(Path(__file__).with_name("relay.py"))
 _BACKLOG = 4096
 _TRIES = 32  # for a port that is free on all addresses, of those that the kernel proposes
-_PATIENCE = 5.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
+_RELAY_TIMEOUT = 5.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
 _BATCH = 250  # sockets in a message; the kernel takes 253 (linux/net/scm.h, SCM_MAX_FD)
 _KINDS = {
     TransportProtocol.TCP: socket.SOCK_STREAM,
@@ -327,7 +327,7 @@ class _Relay:
 
     def __init__(self, ended: Callable[[_Relay, int], None]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_PATIENCE)
+        self._socket.settimeout(_RELAY_TIMEOUT)
         self._closed, self._gone = threading.Event(), threading.Event()
         with theirs:
             try:
@@ -384,7 +384,7 @@ class _Relay:
 
     def _end(self) -> None:
         self._socket.close()  # tells it to exit
-        if not self._gone.wait(_PATIENCE):
+        if not self._gone.wait(_RELAY_TIMEOUT):
             self._process.kill()
             self._gone.wait()
 

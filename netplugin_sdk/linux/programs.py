@@ -7,11 +7,11 @@ from collections import deque
 
 from netplugin_sdk.errors import Unavailable
 
-_PATIENCE = 15.0  # seconds: less than an engine's call may take, so that the call says what did not end
 
-
-def run(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[int, str, str]:
+def run(pids: deque[int], package: str, *argv: str, stdin: str = "", timeout: float = 15.0) -> tuple[int, str, str]:
     """Status, output and errors of a program of this Debian package; its process id is added to `pids`.
+
+    `timeout` is in seconds: less than a call of the engine may take, so that the call says what did not end.
 
     Raises `Unavailable` if it is not installed, or does not end: it may wait for a lock that nobody gives back.
     """
@@ -29,8 +29,8 @@ def run(pids: deque[int], package: str, *argv: str, stdin: str = "") -> tuple[in
     with process:
         pids.append(process.pid)
         try:
-            output, errors = process.communicate(stdin, _PATIENCE)
+            output, errors = process.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise Unavailable(f"firewall: {argv[0]} has not ended after {_PATIENCE:g} s") from None
+            raise Unavailable(f"firewall: {argv[0]} has not ended after {timeout:g} s") from None
     return process.returncode, output, errors

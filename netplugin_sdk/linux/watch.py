@@ -17,7 +17,6 @@ from netplugin_sdk import losses
 
 _log = logging.getLogger("netplugin_sdk")
 
-_QUIET = 0.2  # seconds after a change before a look: they come together, and most of them are our own
 _BUFFER = 1 << 20  # bytes: a thousand containers' changes
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
@@ -39,9 +38,13 @@ class Made:
 
 
 class Watch:
-    """One thread, while there is something to watch. `look` says what is wrong with an interface, or None."""
+    """One thread, while there is something to watch. `look` says what is wrong with an interface, or None.
 
-    def __init__(self, look: Callable[[str, Made], str | None]) -> None:
+    `quiet` is how many seconds after a change it looks: changes come together, and most of them are the SDK's own.
+    """
+
+    def __init__(self, look: Callable[[str, Made], str | None], *, quiet: float = 0.2) -> None:
+        self.quiet = quiet
         self._look = look
         self._lock = threading.Lock()
         self._made: dict[str, Made] = {}
@@ -81,7 +84,7 @@ class Watch:
         closing = select.poll()
         closing.register(waker, select.POLLIN)
         with listener:
-            while changes.poll() and not closing.poll(_QUIET * 1000):
+            while changes.poll() and not closing.poll(self.quiet * 1000):
                 for name in self._suspects(listener):
                     self._verify(name)
         os.close(waker)

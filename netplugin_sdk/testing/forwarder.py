@@ -45,9 +45,9 @@ _CHUNK = 64 * 1024
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 _SO_PEERGROUPS = 59  # asm-generic/socket.h
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_LOOK = 0.2  # seconds between the looks whether the path still leads to us
+_LOOK_EVERY = 0.2  # seconds between the looks whether the path still leads to us
 _RETRY = 0.01  # seconds between two tries to reach a plugin that is not there
-_PATIENCE = 15.0  # seconds that a call waits for the plugin's return; an engine tries as long
+_PLUGIN_TIMEOUT = 15.0  # seconds that a call waits for the plugin's return; an engine tries as long
 _FIRST_WORDS = 1.0  # seconds that a new connection has for its first request, whatever ends
 _GRACE = 0.1  # seconds that we go on accepting when the path leads elsewhere: who has looked it up connects a bit later
 _DELAY_NS = 10_000_000  # that a record may wait for others
@@ -247,7 +247,7 @@ class _Connection:
 
     def __init__(self, forwarder: Forwarder, client: socket.socket, number: int) -> None:
         self.number = number
-        self.waits_until = time.monotonic() + _PATIENCE
+        self.waits_until = time.monotonic() + _PLUGIN_TIMEOUT
         self._began = time.monotonic()
         self._who = _Identity.of(client)
         self._forwarder = forwarder
@@ -360,7 +360,7 @@ class _Connection:
         self._held_after = self._answers.ended
         self._forwarder.unregister(self.plugin)
         self.plugin.socket.close()
-        self.plugin, self._held, self.waits_until = None, data, time.monotonic() + _PATIENCE
+        self.plugin, self._held, self.waits_until = None, data, time.monotonic() + _PLUGIN_TIMEOUT
         self._forwarder.wait(self)
         return True
 
@@ -458,7 +458,7 @@ class Forwarder:
                 if self._waiting:
                     self._dial_again(now)
                 if now >= look or (self._listener is None and not self._ending):
-                    look = now + _LOOK
+                    look = now + _LOOK_EVERY
                     self._look()
                 while self._leaving and self._leaving[0][0] < now:
                     self._forget(self._leaving.pop(0)[1])
@@ -472,7 +472,9 @@ class Forwarder:
     def _patience(self) -> float:
         if self._unsaid:
             return _DELAY_NS / 1e9
-        return _RETRY if self._waiting or (self._listener is None and not self._ending) or self._leaving else _LOOK
+        return (
+            _RETRY if self._waiting or (self._listener is None and not self._ending) or self._leaving else _LOOK_EVERY
+        )
 
     def stop(self) -> None:
         """As if standard input had ended; for a signal handler."""

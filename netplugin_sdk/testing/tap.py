@@ -39,7 +39,7 @@ _CHUNK = 1 << 20
 _KEPT = (0.3, 1.0)  # seconds after which kept connections are looked for: a new one has been used by then
 _SLOW = 5.0  # seconds without an answer that are worth a mark
 _AGAIN = 0.5  # and between the looks while some of them are in use
-_PATIENCE = 5.0  # seconds for the forwarder to give the socket back, which takes milliseconds
+_RETURN_TIMEOUT = 5.0  # seconds for the forwarder to give the socket back, which takes milliseconds
 _PIDFD_GETFD = 438  # the same on every architecture
 _ESTABLISHED = 1  # TCP_ESTABLISHED, as unix_diag has it
 _SHOW = 2 | 4 | 16  # linux/unix_diag.h: UDIAG_SHOW_VFS, _PEER, _RQLEN
@@ -116,7 +116,7 @@ class Tap:
         self.stop()
         os.close(self._records)
         self._records = -1
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + _RETURN_TIMEOUT
         while self._process.poll() is None and self._place.taken and time.monotonic() < until:
             time.sleep(0.005)
         if self._process.poll() is not None:

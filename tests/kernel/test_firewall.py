@@ -95,8 +95,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.fixture
 def lively(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> Callable[[], None]:
     """It looks soon, also where nobody tells of changes. Waits until what has changed before has been looked at."""
-    monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.02)
-    monkeypatch.setattr(firewall._Keeper, "_POLL", 0.1)
+    monkeypatch.setattr(firewall._keeper, "quiet", 0.02)
+    monkeypatch.setattr(firewall._keeper, "poll", 0.1)
 
     def settle() -> None:
         before = len(looks)
@@ -547,7 +547,7 @@ def test_a_flush_is_repaired_and_logged(
     backend: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if backend == "iptables-legacy":
-        monkeypatch.setattr(firewall._Keeper, "_POLL", 0.3)  # it is not told
+        monkeypatch.setattr(firewall._keeper, "poll", 0.3)  # it is not told
     firewall.ensure(FULL)
     firewall.ensure(policy("br-2", internal=True))
     wanted = ours(backend)
@@ -616,7 +616,7 @@ def test_what_others_have_changed_for_themselves_is_kept(
 @announced_only
 @pytest.mark.usefixtures("backend")
 def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> None:
-    monkeypatch.setattr(firewall._Keeper, "_QUIET", 0.0)
+    monkeypatch.setattr(firewall._keeper, "quiet", 0.0)
     for turn in range(5):
         for number in range(3):
             firewall.ensure(policy(f"br-{number}", icc=turn % 2 == 0))
@@ -632,7 +632,7 @@ def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: li
 def test_a_change_after_somebody_elses_costs_no_look(
     backend: str, programs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(firewall._Keeper, "_QUIET", 3600.0)  # else the look at theirs may come first
+    monkeypatch.setattr(firewall._keeper, "quiet", 3600.0)  # else the look at theirs may come first
     firewall.ensure(FULL)
     if backend == "nftables":
         run("nft", "add table inet mine; add chain inet mine c; add rule inet mine c accept")

@@ -572,7 +572,7 @@ def test_there_is_one_and_it_is_small() -> None:
 
 
 def test_publishing_does_not_wait_for_it(serve: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_PATIENCE", 0.2)  # what waits kills it then
+    monkeypatch.setattr(ports, "_RELAY_TIMEOUT", 0.2)  # what waits kills it then
     serve(echo)
     publish(8080)
     (pid,) = relays()
@@ -632,7 +632,7 @@ def test_release_while_it_is_dead() -> None:
 
 
 def test_one_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_PATIENCE", 0.2)
+    monkeypatch.setattr(ports, "_RELAY_TIMEOUT", 0.2)
     publish(8080)
     (pid,) = relays()
     os.kill(pid, signal.SIGSTOP)

@@ -43,7 +43,7 @@ class Ear:
 @pytest.fixture
 def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
     """With a bridge and a pair on it."""
-    monkeypatch.setattr(watch, "_QUIET", 0.02)
+    monkeypatch.setattr(devices.watch, "quiet", 0.02)
     links.ensure_bridge("br-1", addresses=ADDRESSES)
     links.ensure_veth("ve", "vc", master="br-1")
     ear = Ear()

@@ -26,11 +26,10 @@ def test_a_program_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
             programs.run(deque(), "nobodys", "program-of-nobody")
 
 
-def test_a_program_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_does_not_end_is_ended() -> None:
     """As iptables where another process holds its lock for ever."""
-    monkeypatch.setattr(programs, "_PATIENCE", 0.2)
     pids: deque[int] = deque()
     with pytest.raises(Unavailable, match=r"firewall: sleep has not ended after 0\.2 s"):
-        programs.run(pids, "coreutils", "sleep", "3600")
+        programs.run(pids, "coreutils", "sleep", "3600", timeout=0.2)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], signal.SIG_DFL)

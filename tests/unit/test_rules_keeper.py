@@ -30,6 +30,8 @@ T = TypeVar("T")
 SHORT = 0.08
 """Seconds in which something would have happened that must not."""
 
+QUIET, POLL = 0.2, 5.0  # the defaults
+
 
 class Remembering:
     """A back end; what is in `refused` it does not take, and while `gate` is shut it takes its time."""
@@ -375,7 +377,7 @@ def test_many_changes_cost_one_look(backend: Remembering, announcing: Announcing
     turn()
     assert backend.forgotten == 0
     for _ in range(2):
-        clock.now += firewall._Keeper._QUIET
+        clock.now += QUIET
         turn()
         assert (backend.forgotten, len(backend.calls)) == (1, 2)
 
@@ -406,13 +408,13 @@ def test_where_changes_are_not_announced_it_looks_now_and_then(backend: Remember
     for _ in range(2):
         turn()
         backend.kernel.clear()
-        clock.now += firewall._Keeper._POLL
+        clock.now += POLL
         turn()
         assert backend.kernel == {"br-1": PLAIN}
     soon(firewall.delete, "br-1")
     looks = []
     for _ in range(3):
-        clock.now += firewall._Keeper._POLL
+        clock.now += POLL
         turn()
         looks.append(backend.forgotten)
     assert looks == [3, 3, 3], "there is nothing to look after: not once more after a look that was due"
@@ -426,7 +428,7 @@ def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing, 
     announcing.somebody_changes()
     until(lambda: announcing.heard == 1)
     for _ in range(2):  # what would be due is due
-        clock.now += 2 * firewall._Keeper._QUIET
+        clock.now += 2 * QUIET
         with pytest.raises(Unavailable):
             soon(firewall.settle)
     rounds = announcing.rounds
@@ -562,7 +564,7 @@ def test_after_close_nothing_is_kept_in_force(backend: Remembering, announcing: 
     soon(firewall.ensure, on("br-2"))
     announcing.somebody_changes()
     until(lambda: announcing.heard > 1)
-    clock.now += firewall._Keeper._QUIET
+    clock.now += QUIET
     turn()
     assert backend.forgotten == 1
     assert backend.kernel == {"br-2": on("br-2")}
