@@ -39,6 +39,7 @@ from netplugin_sdk.protocol.messages import (
     StaticRoute,
 )
 from netplugin_sdk.protocol.options import DriverOptions
+from netplugin_sdk.serving.http import Limits
 from netplugin_sdk.serving.loop import Server
 from netplugin_sdk.serving.process import run, serve
 from netplugin_sdk.serving.sockets import TLSFiles
@@ -66,6 +67,7 @@ __all__ = [
     "IpamDriver",
     "Join",
     "Later",
+    "Limits",
     "MacAddress",
     "Meta",
     "Network",

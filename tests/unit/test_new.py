@@ -256,3 +256,12 @@ def test_the_projects_want_this_sdk() -> None:
     )
     assert wanted is not None
     assert Requirement(wanted[1]).specifier.contains(sdk["version"])
+
+
+def test_its_types_are_right(tmp_path: Path) -> None:
+    """By mypy --strict, with the SDK that is installed here."""
+    project = made(tmp_path, {})
+    status, said = run(
+        sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), ".", cwd=project
+    )
+    assert status == 0, said

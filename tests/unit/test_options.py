@@ -196,6 +196,38 @@ def test_any_options_are_parsed_or_refused(given: dict[str, str]) -> None:
         assert str(error).startswith("option ") or str(error).endswith(ALL)  # noqa: PT017
 
 
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Listing(DriverOptions):
+    dns: list[IPAddress] = field(default_factory=list)
+    vlans: Annotated[tuple[int, ...], Meta(max_length=3)] = ()
+    modes: frozenset[Colour] | None = None
+
+
+def test_lists_are_separated_by_commas() -> None:
+    found = Listing.parse({"dns": "192.0.2.1, fd00::1", "vlans": "3,4", "modes": "red,blue,red"})
+    assert found.dns == [ip_address("192.0.2.1"), ip_address("fd00::1")]
+    assert found.vlans == (3, 4)
+    assert found.modes == frozenset({Colour.RED, Colour.BLUE})
+    assert Listing.parse({"dns": ""}).dns == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"vlans": "3,x"}, "option vlans='3,x': expected int"),
+        ({"vlans": "1,2,3,4"}, "option vlans='1,2,3,4': expected array of length <= 3"),
+        ({"modes": "red,green"}, "option modes='red,green': expected red or blue"),
+        ({"dns": "192.0.2.1,there"}, "option dns='192.0.2.1,there': 'there' does not appear to be"),
+    ],
+)
+def test_a_wrong_item_of_a_list_is_one_line(given: dict[str, str], said: str) -> None:
+    assert refusal(Listing, given).startswith(said)
+
+
 # Where a driver says which
 
 
