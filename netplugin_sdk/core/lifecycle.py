@@ -209,14 +209,15 @@ class NetworkLifecycle(Generic[OptionsT]):
                 return endpoint.join.answer
             # No intent is written: after a crash every endpoint counts as one that may be joined.
             endpoint.may_be_joined = True
+            network, addresses = endpoint.network, endpoint.addresses
             try:
                 join = answers.join(
-                    self._driver.join(endpoint.network, endpoint, Sandbox.of(request)),
-                    addresses=endpoint.addresses,
-                    subnets=[*endpoint.network.subnets, *(it.network for it in endpoint.network.gateways)],
+                    self._driver.join(network, endpoint, Sandbox.of(request)),
+                    addresses=addresses,
+                    subnets=[*network.subnets, *(gateway.network for gateway in network.gateways)],
                     interface_exists=interface_exists,
                 )
-                answer = messages.encode(join.to_wire(endpoint.addresses, internal=endpoint.network.internal))
+                answer = messages.encode(join.to_wire(addresses, internal=network.internal))
                 calls.commit()
                 self._store.joined(endpoint, body, answer)
             except BaseException:
