@@ -192,7 +192,7 @@ def _described(name: str, content: bytes, *, is_json: bool) -> Address:
     return Address(name, url, TLS(ca, _field(files, "CertFile", ""), _field(files, "KeyFile", ""), insecure))
 
 
-class _Place(NamedTuple):
+class _Target(NamedTuple):
     """Of an address: what is dialled, and what requests call it."""
 
     path: str
@@ -209,7 +209,7 @@ class _Place(NamedTuple):
         return f"tcp [{self.host}]:{self.port}" if ":" in self.host else f"tcp {self.host}:{self.port}"
 
 
-def _locate(url: str) -> _Place:
+def _locate(url: str) -> _Target:
     """Moby ``pkg/plugins/client.go`` (newTransport), whose schemes other than unix and https are all plain HTTP."""
     where = urlsplit(url)
     if not where.scheme:
@@ -218,11 +218,11 @@ def _locate(url: str) -> _Place:
         path = where.netloc or unquote(where.path)  # unix://run/x.sock is the socket "run" of the working folder
         if not path or len(os.fsencode(path)) > _SOCKET_PATH:
             raise ValueError(f'unix socket path "{path}" is too {"long" if path else "short"}')
-        return _Place(path, "", 0, False, _HOST)
+        return _Target(path, "", 0, False, _HOST)
     if not where.hostname:
         raise ValueError(f"{url!r} names no host")
     tls = where.scheme == "https"
-    return _Place("", where.hostname, where.port or (443 if tls else 80), tls, where.netloc)
+    return _Target("", where.hostname, where.port or (443 if tls else 80), tls, where.netloc)
 
 
 # ------------------------------------------------------------------------------------------------------------ calls

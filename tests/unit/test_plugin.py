@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
@@ -352,3 +354,13 @@ def test_a_path_cannot_write_lines_into_the_log(plugin: Plugin, caplog: pytest.L
     assert "\n" not in response.json["Err"]
     ((_, line),) = logged(caplog)
     assert "\n" not in line
+
+
+def test_the_log_says_how_long_a_call_took() -> None:
+    """In milliseconds: at least what it waited, and no thousand times that."""
+    driver, waited = Recorder(), threading.Event()
+    driver.hooks["create_network"] = lambda _: waited.wait(0.05)
+    began = time.monotonic()
+    with Plugin(driver) as plugin:
+        answer = plugin.handle("/NetworkDriver.CreateNetwork", json.dumps(create_network()).encode())
+    assert 50 <= answer.call["ms"] <= (time.monotonic() - began) * 1000

@@ -14,6 +14,7 @@ from ipaddress import (
     IPv4Address,
     IPv4Interface,
     IPv4Network,
+    IPv6Interface,
     IPv6Network,
     ip_address,
     ip_interface,
@@ -25,7 +26,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from netplugin_sdk import Conflict, Container, MacAddress, NotFound, Plugin, PortMapping, TransportProtocol, Unavailable
+from netplugin_sdk import (
+    Conflict,
+    Container,
+    Endpoint,
+    EndpointInterface,
+    MacAddress,
+    Network,
+    NotFound,
+    Plugin,
+    PortMapping,
+    TransportProtocol,
+    Unavailable,
+)
 from netplugin_sdk.core import store as store_module
 from netplugin_sdk.core.store import Store, StoredEndpoint, StoredNetwork
 from netplugin_sdk.database import Folder
@@ -99,6 +112,22 @@ def test_networks_and_endpoints_survive_reopening(tmp_path: Path) -> None:
     assert [mapping.host_port for mapping in endpoint.external.port_map] == [18080]
     assert store.networks[OTHER_NETWORK].endpoints == {}
     store.close()
+
+
+def test_an_address_that_the_driver_filled_in_is_the_endpoints(tmp_path: Path) -> None:
+    """Of the other IP version than the engine's; and after a restart."""
+
+    class Filling(Recorder):
+        def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface:
+            return EndpointInterface(address_ipv6=IPv6Interface("fd00::2/64"))
+
+    for _ in range(2):
+        driver = Filling()
+        with Plugin(driver, state=tmp_path) as plugin:
+            Docker(plugin)("CreateNetwork", create_network())
+            Docker(plugin)("CreateEndpoint", create_endpoint())
+            endpoint = driver.networks[NETWORK].endpoints[ENDPOINT]
+            assert endpoint.addresses == (ip_interface("172.18.0.2/16"), ip_interface("fd00::2/64"))
 
 
 def test_what_was_deleted_stays_deleted(tmp_path: Path) -> None:
