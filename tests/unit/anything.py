@@ -136,7 +136,7 @@ LIMITS = Limits(head=8_192, body=65_536, request_time=1.0, connections=64)
 
 def main() -> None:
     logging.basicConfig(level=logging.ERROR)
-    lifecycle.interface_exists = lambda name: bool(name)  # as in conftest.py
+    setattr(lifecycle, "interface_exists", bool)  # noqa: B010  # as in conftest.py: any name
     with plugin() as served, Server(served, LIMITS) as server:
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
         server.listen_unix(Path(sys.argv[1]))
