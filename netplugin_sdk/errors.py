@@ -24,7 +24,7 @@ class DriverError(Exception):
     def __init_subclass__(cls) -> None:
         """Check the status, since the engine shows only the text of an answer that it can read.
 
-        Raises TypeError: it is no error status of HTTP, or 404.
+        Raises TypeError: it is not an error status of HTTP, or 404.
         """
         super().__init_subclass__()
         status: object = cls.status

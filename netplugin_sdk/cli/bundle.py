@@ -110,7 +110,7 @@ def bundle(
     Exit status: 0 if DIR is there, 1 if it could not be made.
     """
     if not (project / "pyproject.toml").is_file():
-        raise InvalidRequest(f"{project} has no pyproject.toml: it is no project that can be installed")
+        raise InvalidRequest(f"{project} has no pyproject.toml: it is not a project that can be installed")
     if output.exists() or output.is_symlink():
         raise InvalidRequest(f"{output} exists already: remove it, or choose another folder")
     client = ("docker", *(("--host", docker) if docker else ()))
@@ -196,7 +196,7 @@ def _own_config(project: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from error
     return config

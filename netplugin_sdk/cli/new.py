@@ -86,7 +86,7 @@ def _given(name: str | None, pairs: tuple[str, ...], config: Mapping[str, Any]) 
         key, equals, value = pair.partition("=")
         if not equals or key.startswith("_") or key not in config:
             keys = ", ".join(key for key in config if not key.startswith("_"))
-            raise click.BadParameter(f"{pair!r} is no KEY=VALUE with one of the keys {keys}", param_hint="--set")
+            raise click.BadParameter(f"{pair!r} is not a KEY=VALUE with one of the keys {keys}", param_hint="--set")
         if isinstance(config[key], list) and value not in config[key]:
             raise click.BadParameter(f"{key} is one of {', '.join(config[key])}", param_hint="--set")
         given[key] = value

@@ -162,7 +162,7 @@ def describe(wheel: Path) -> Project:
             entries = about.replace("METADATA", "entry_points.txt")
             text = archive.read(entries).decode() if entries in archive.namelist() else ""
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise Unavailable(f"{wheel} is no wheel: {error}") from error
+        raise Unavailable(f"{wheel} is not a wheel: {error}") from error
     parsed = configparser.ConfigParser(delimiters=("=",), interpolation=None)
     parsed.optionxform = str  # type: ignore[assignment,method-assign]
     parsed.read_string(text)

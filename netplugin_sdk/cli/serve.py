@@ -204,7 +204,7 @@ def _load(target: str) -> NetworkDriver[Any] | IpamDriver:
         except Exception as error:
             raise _broken(f"cannot make {target}", error) from error
     if not isinstance(found, NetworkDriver | IpamDriver):
-        raise click.ClickException(f"{target} is no driver, but {found!r}")
+        raise click.ClickException(f"{target} is not a driver, but {found!r}")
     return found
 
 

@@ -198,6 +198,6 @@ def installed(name: str) -> NetworkDriver[Any] | None:
     for found in entry_points(group=GROUP, name=name):
         driver = found.load()()
         if not isinstance(driver, NetworkDriver):
-            raise TypeError(f"entry point {found.value} of {GROUP} is no NetworkDriver")
+            raise TypeError(f"entry point {found.value} of {GROUP} is not a NetworkDriver")
         return driver
     return None

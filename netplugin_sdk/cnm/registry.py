@@ -21,7 +21,7 @@ class Driver(Protocol):
     """A plugin, asked as an engine asks it: a `RemotePlugin`, or one in this process."""
 
     def activate(self, kind: str) -> object:
-        """Ask what it is. Raises `RemoteError` if it is no driver of this kind."""
+        """Ask what it is. Raises `RemoteError` if it is not a driver of this kind."""
 
     def call(self, method: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The answer to, say, ``NetworkDriver.Join``. Raises `RemoteError` if it is refused."""
@@ -34,7 +34,7 @@ class InProcess:
         self._plugin = plugin
 
     def activate(self, kind: str) -> None:
-        """Ask what it is. Raises `RemoteError` if it is no driver of this kind."""
+        """Ask what it is. Raises `RemoteError` if it is not a driver of this kind."""
         if kind not in self.call("Plugin.Activate")["Implements"]:
             raise RemoteError(f"the plugin in this process is no {kind}")
 

@@ -42,7 +42,7 @@ def _check_names(driver: NetworkDriver[Any] | IpamDriver, base: type, methods: s
             for meant in difflib.get_close_matches(name, methods, n=1, cutoff=_ALIKE):
                 if not overridden(driver, meant):
                     raise InvalidDriver(
-                        f"{cls.__name__}.{name} is no method of {base.__name__}: did you mean {meant}? "
+                        f"{cls.__name__}.{name} is not a method of {base.__name__}: did you mean {meant}? "
                         f"(a method of your own may be called _{name})"
                     )
 

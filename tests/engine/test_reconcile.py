@@ -208,7 +208,7 @@ LOSSES = [
     ("ip link set BRIDGE down", "interface BRIDGE is down: bringing it back"),
     ("ip addr del 10.99.0.1/24 dev BRIDGE", "interface BRIDGE has lost 10.99.0.1/24: bringing it back"),
     ("ip addr del fd00:99::1/64 dev BRIDGE", "interface BRIDGE has lost fd00:99::1/64: bringing it back"),
-    ("ip link set PORT nomaster", "interface PORT is no port of its bridge any more: bringing it back"),
+    ("ip link set PORT nomaster", "interface PORT is not a port of its bridge any more: bringing it back"),
     ("ip link set PORT down", "interface PORT is down: bringing it back"),
     (
         "for tool in iptables ip6tables; do $tool -F; $tool -t nat -F; done",

@@ -413,7 +413,7 @@ def test_a_vxlan_is_a_port_of_its_bridge() -> None:
         links.ensure_vxlan("vx-t", 5001)
     with pytest.raises(LinkError, match="vxlan vx-u: cannot create with identifier 5000: File exists"):
         links.ensure_vxlan("vx-u", 5000)
-    with pytest.raises(InvalidRequest, match="16777216 is no network identifier"):
+    with pytest.raises(InvalidRequest, match="16777216 is not a network identifier"):
         links.ensure_vxlan("vx-u", 1 << 24)
 
 
@@ -623,5 +623,5 @@ def test_a_vlan_where_the_kernel_has_it() -> None:
 
 @pytest.mark.parametrize("number", [0, 4095])
 def test_what_is_no_vlan_number(number: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"vlan up0.{number}: {number} is no VLAN number: that is 1 to 4094"):
+    with pytest.raises(InvalidRequest, match=f"vlan up0.{number}: {number} is not a VLAN number: that is 1 to 4094"):
         links.ensure_vlan(f"up0.{number}", "up0", number)

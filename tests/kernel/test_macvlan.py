@@ -138,7 +138,7 @@ def test_internal_has_no_default_route(lab: Lab, parent: str) -> None:
         ({"parent": "none0"}, "option parent=none0: there is no such interface; a VLAN is named like eth0.10"),
         ({"parent": "none0.7"}, "option parent=none0.7: there is no interface none0 to make a VLAN of"),
         ({"parent": "uplink.x"}, "option parent=uplink.x: there is no such interface"),
-        ({"parent": "uplink.4095"}, "4095 is no VLAN number: that is 1 to 4094"),
+        ({"parent": "uplink.4095"}, "4095 is not a VLAN number: that is 1 to 4094"),
         ({"parent": "a/b"}, "'a/b' cannot be the name of an interface"),
         ({"parent": "lo"}, "option parent=lo: the loopback is no way to a LAN"),
         ({"parent": "uplink", "macvlan_mode": "foo"}, "option macvlan_mode='foo'"),

@@ -72,7 +72,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     [
         ("link del ve", "interface ve is gone"),
         ("link del vc", "interface ve is gone"),
-        ("link set ve nomaster", "interface ve is no port of its bridge any more"),
+        ("link set ve nomaster", "interface ve is not a port of its bridge any more"),
         ("link set ve down", "interface ve is down"),
         ("link set br-1 down", "interface br-1 is down"),
         ("addr del 10.9.0.1/24 dev br-1", "interface br-1 has lost 10.9.0.1/24"),
@@ -88,22 +88,22 @@ def test_a_loss_is_heard_once(ear: Ear, command: str, loss: str) -> None:
 
 def test_with_a_bridge_its_ports_are_lost(ear: Ear) -> None:
     run("ip", "link", "del", "br-1")
-    wanted = {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+    wanted = {"interface br-1 is gone", "interface ve is not a port of its bridge any more"}
     assert {ear.hears(), ear.hears()} == wanted
 
 
 def test_what_is_brought_back_can_be_lost_again(ear: Ear) -> None:
     for _ in range(3):
         run("ip", "link", "set", "ve", "nomaster")
-        assert ear.hears() == "interface ve is no port of its bridge any more"
+        assert ear.hears() == "interface ve is not a port of its bridge any more"
         assert links.attach("ve", "br-1")
         assert links.describe("ve").master == "br-1"
     run("ip", "link", "del", "br-1")
-    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is not a port of its bridge any more"}
     links.ensure_bridge("br-1", addresses=ADDRESSES)
     assert links.attach("ve", "br-1")
     run("ip", "link", "del", "br-1")
-    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is no port of its bridge any more"}
+    assert {ear.hears(), ear.hears()} == {"interface br-1 is gone", "interface ve is not a port of its bridge any more"}
 
 
 def test_what_is_taken_away_and_put_back_at_once_is_no_loss(ear: Ear, held: threading.Event) -> None:
@@ -145,7 +145,7 @@ def test_more_changes_than_the_kernel_can_tell_of(ear: Ear, held: threading.Even
     script = "".join(f"link set lo mtu {mtu}\n" for mtu in range(10_000, 12_000)) + "link set ve nomaster\n"
     subprocess.run(["ip", "-batch", "-"], input=script, text=True, check=True)
     held.set()
-    assert ear.hears() == "interface ve is no port of its bridge any more"
+    assert ear.hears() == "interface ve is not a port of its bridge any more"
 
 
 def test_after_close_nothing_is_heard_and_the_next_use_is_watched(ear: Ear) -> None:
@@ -154,7 +154,7 @@ def test_after_close_nothing_is_heard_and_the_next_use_is_watched(ear: Ear) -> N
     ear.hears_nothing()
     assert links.attach("ve", "br-1")
     run("ip", "link", "set", "ve", "nomaster")
-    assert ear.hears() == "interface ve is no port of its bridge any more"
+    assert ear.hears() == "interface ve is not a port of its bridge any more"
 
 
 @pytest.mark.usefixtures("ear")

@@ -347,12 +347,12 @@ class MisspeltPools(Addresses):
     ("driver", "line"),
     [
         (TooFew, "TooFew.join must take (network, endpoint, sandbox), it takes (network, endpoint)"),
-        (Misspelt, "Misspelt.leav is no method of NetworkDriver: did you mean leave?"),
-        (Plural, "Plural.restore_endpoints is no method of NetworkDriver: did you mean restore_endpoint?"),
+        (Misspelt, "Misspelt.leav is not a method of NetworkDriver: did you mean leave?"),
+        (Plural, "Plural.restore_endpoints is not a method of NetworkDriver: did you mean restore_endpoint?"),
         (Async, "Async.leave must be a plain method, without async and yield"),
         (NoMethod, "NoMethod.peer_joined must be a method, got None"),
         (OnlyOne, "OnlyOne defines only one of program_ and revoke_external_connectivity"),
-        (MisspeltPools, "MisspeltPools.engine_start is no method of IpamDriver: did you mean engine_starts?"),
+        (MisspeltPools, "MisspeltPools.engine_start is not a method of IpamDriver: did you mean engine_starts?"),
     ],
 )
 def test_a_class_is_refused_when_the_plugin_starts(driver: Callable[[], Any], line: str, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_wheel_says_what_it_is(tmp_path: Path) -> None:
         archive.writestr("l2-1.dist-info/entry_points.txt", "[console_scripts]\nL2:x = l2.main:run\n[other]\na = b:c\n")
     assert rootfs.describe(wheel) == rootfs.Project(wheel, "l2", "1", "Layer 2.", {"L2:x": "l2.main:run"})
     wheel.write_text("no")
-    with pytest.raises(Unavailable, match="is no wheel"):
+    with pytest.raises(Unavailable, match="is not a wheel"):
         rootfs.describe(wheel)
 
 

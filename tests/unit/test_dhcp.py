@@ -51,7 +51,7 @@ def test_classless_routes(octets: list[int], routes: list[Route]) -> None:
 
 @pytest.mark.parametrize("octets", [[33, 10, 0, 0, 0, 0, 10, 0, 0, 1], [24, 10, 0, 0, 10, 0, 0], [24], [0, 10, 0, 0]])
 def test_what_is_no_list_of_routes(octets: list[int]) -> None:
-    with pytest.raises(ValueError, match="option 121 is no list of routes"):
+    with pytest.raises(ValueError, match="option 121 is not a list of routes"):
         [*classless_routes(octets)]
 
 
@@ -120,7 +120,7 @@ def test_no_gateway() -> None:
         ("224.0.0.1", {}, "224.0.0.1 cannot be an interface's address"),
         ("192.0.2.77", {"subnet_mask": "255.0.255.0"}, "'255.0.255.0' is not a valid netmask"),
         ("192.0.2.77", {"server_id": "x"}, "Expected 4 octets in 'x'"),
-        ("192.0.2.77", {"classless_static_route": [99]}, "option 121 is no list of routes: 63"),
+        ("192.0.2.77", {"classless_static_route": [99]}, "option 121 is not a list of routes: 63"),
     ],
 )
 def test_what_cannot_be_used(address: str, options: dict[str, Any], said: str) -> None:

@@ -794,6 +794,20 @@ def test_a_lock_is_there_only_while_somebody_wants_it() -> None:
     assert locks._locks == {}
 
 
+def test_networks_and_endpoints_that_were_read_do_not_change(driver: Publisher, docker: Docker) -> None:
+    """So any thread may iterate over them while calls come and go."""
+    docker("CreateNetwork", create_network())
+    for _ in driver.networks.values():
+        docker("CreateNetwork", create_network(OTHER_NETWORK))
+    assert len(driver.networks) == 2
+    docker("CreateEndpoint", create_endpoint())
+    for _ in driver.networks[NETWORK].endpoints:
+        docker("CreateEndpoint", create_endpoint(endpoint=OTHER_ENDPOINT))
+    for id_ in driver.networks[NETWORK].endpoints:
+        docker("DeleteEndpoint", of(NETWORK, id_))
+    assert not driver.networks[NETWORK].endpoints
+
+
 # Capabilities and optional methods
 
 OPTIONAL: dict[str, dict[str, Any]] = {

@@ -222,9 +222,9 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        ("colour=red", "is no KEY=VALUE with one of the keys project_name, project_slug, plugin_name,"),
-        ("author", "is no KEY=VALUE"),
-        ("_jinja2_env_vars=x", "is no KEY=VALUE"),
+        ("colour=red", "is not a KEY=VALUE with one of the keys project_name, project_slug, plugin_name,"),
+        ("author", "is not a KEY=VALUE"),
+        ("_jinja2_env_vars=x", "is not a KEY=VALUE"),
         ("license=GPL", "license is one of MIT, Apache-2.0, BSD-3-Clause, none"),
     ],
 )

@@ -78,7 +78,7 @@ def classless_routes(option: Sequence[int]) -> Iterator[Route]:
         length, significant = octets[0], (octets[0] + 7) // 8
         destination, router = octets[1 : 1 + significant], octets[1 + significant : 5 + significant]
         if length > 32 or len(router) < 4:
-            raise ValueError(f"option 121 is no list of routes: {bytes(option).hex()}")
+            raise ValueError(f"option 121 is not a list of routes: {bytes(option).hex()}")
         next_hop = IPv4Address(router)
         yield Route(
             # Bits beyond the prefix are to be ignored.

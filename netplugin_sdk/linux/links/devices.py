@@ -213,7 +213,7 @@ def ensure_vlan(name: str, parent: str, number: int) -> None:
     check_name(name)
     check_name(parent)
     if not 1 <= number <= 4094:
-        raise InvalidRequest(f"vlan {name}: {number} is no VLAN number: that is 1 to 4094")
+        raise InvalidRequest(f"vlan {name}: {number} is not a VLAN number: that is 1 to 4094")
     cannot = f"vlan {name}: cannot create with number {number} on {parent}"
     index = required_index(cannot, parent)
     try:
@@ -246,7 +246,7 @@ def ensure_vxlan(
     """
     check_name(name)
     if not 0 < vni < 1 << 24:
-        raise InvalidRequest(f"vxlan {name}: {vni} is no network identifier")
+        raise InvalidRequest(f"vxlan {name}: {vni} is not a network identifier")
     if master is not None:
         check_name(master)
     cannot = f"vxlan {name}: cannot create with identifier {vni}"
@@ -443,7 +443,7 @@ def diagnose(name: str, made: Made) -> str | None:
     if not message["flags"] & _IFF_UP:
         return "is down"
     if made.master is not None and message.get("master") != made.master:
-        return "is no port of its bridge any more"
+        return "is not a port of its bridge any more"
     if lost := [str(address) for address in made.addresses if address not in present]:
         return f"has lost {', '.join(lost)}"
     return None

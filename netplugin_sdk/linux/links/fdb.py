@@ -58,7 +58,7 @@ def delete_flood_destination(name: str, peer: IPAddress) -> None:
 def ensure_fdb_entry(mac: str, port: str) -> None:
     """Have a bridge know that this MAC address is behind its port, before a frame has come from there.
 
-    Raises `LinkError` if there is no such interface, it is no port of a bridge, or the kernel refuses.
+    Raises `LinkError` if there is no such interface, it is not a port of a bridge, or the kernel refuses.
     """
     check_name(port)
     cannot = f"interface {port}: cannot be known as the port of {mac}"
