@@ -26,7 +26,7 @@ from netplugin_sdk.testing.engine import VERSIONS, require, wait_until
 PROJECT = Path(__file__).with_name("overlay")
 PLUGIN = "overlay-example"
 
-# A page that says who serves it. As process 1 of its container the server would ignore SIGTERM for 10 s.
+# A page that says which host serves it. As process 1 of its container the server would ignore SIGTERM for 10 s.
 SERVICE = (
     "docker service create --quiet --name web --replicas 6 --network mynet --endpoint-mode dnsrr --no-resolve-image "
     "--env VERSION=1 --update-parallelism 2 --update-monitor 1s --stop-signal KILL "

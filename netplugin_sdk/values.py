@@ -96,7 +96,7 @@ class MacAddress(str):
     def of(cls, address: IPv4Address) -> Self:
         """The one that goes with an IPv4 address, ``02:42`` and its octets, as in Docker's drivers before Engine 28.
 
-        Who gets an address again has the MAC address that the neighbours remember for it: older engines do not
+        A container that gets an address again has the MAC address that the neighbours remember: older engines do not
         announce a new one.
         """
         return cls.from_bytes(b"\x02\x42" + address.packed)

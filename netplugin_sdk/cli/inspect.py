@@ -235,7 +235,7 @@ def _process(snapshot: Snapshot, folder: Path) -> int:
             f"nobody serves {plugin}, and it is the plugin that repairs what differs, also when it starts: {start}"
         )
     if pid is None:
-        # Who listens at its socket is not told: systemd, a trace or a Go program may, and SIGHUP ends those.
+        # Not the listener at its socket: that may be systemd, a trace or a Go program, and SIGHUP ends those.
         known = f"not with the state folder {folder}: name another one with --state"
         unknown = "only root sees by which process"
         raise Unavailable(f"{plugin} is served, but {known if os.geteuid() == 0 else unknown}")

@@ -4,7 +4,7 @@
     start.py SOCKET PROGRAM ARGUMENT…
 
 The socket is made here and handed over as systemd does (sd_listen_fds(3)), and it listens before the program starts. An
-engine looks for somebody who listens 0.5, 3.5, 6.5 and 9.5 s after it has started a plugin, and then disables it for
+engine looks for a listener 0.5, 3.5, 6.5 and 9.5 s after it has started a plugin, and then disables it for
 good (moby, daemon/pkg/plugin/manager_linux.go, pluginPostStart); a plugin with many networks may take longer to bring
 them back after a reboot, and one that dies again between two looks is not started again. So calls wait in the socket,
 as they do with a service of systemd's.

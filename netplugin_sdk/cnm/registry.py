@@ -68,7 +68,7 @@ class Registry:
     """Drivers by their names.
 
     Args:
-        plugins: those in this process. They stay the caller's, who closes them.
+        plugins: those in this process. The caller closes them.
         find: finds any other by its name, or raises `NotFound`.
     """
 

@@ -329,7 +329,7 @@ class RemotePlugin:
         return decoded
 
     def dial(self) -> socket.socket:
-        """A new connection, for who speaks HTTP on it himself. Raises `Unavailable` if there is none."""
+        """A new connection, for a caller that speaks HTTP itself. Raises `Unavailable` if there is none."""
         try:
             return self._dial()
         except _Failure as failure:

@@ -61,7 +61,7 @@ class Docker:
             Unavailable: it does not answer.
             DriverError: this is the thread of a driver's method.
         """
-        from http.client import HTTPException  # noqa: PLC0415  # 15 ms that only who asks Docker needs
+        from http.client import HTTPException  # noqa: PLC0415  # 15 ms that only a query needs
 
         _refuse_inside_a_call(f"{method} {path}")
         body = None if content is None else json.dumps(content).encode()
@@ -156,7 +156,7 @@ class Docker:
 
 
 def is_stopped(path: Path) -> bool:
-    """Whether systemd listens at this socket for an engine that does not run: who connects would start it.
+    """Whether systemd listens at this socket for an engine that does not run: a connection would start it.
 
     An engine has its process id in a file beside its socket (``dockerd --pidfile``).
     """

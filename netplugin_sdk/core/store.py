@@ -9,7 +9,7 @@ at any point the rows with an intent are exactly what was half done.
     going       gone for everybody, but still in the file, since work is left to do
     gone        out of the file
 
-`Store` is the only writer, and each of these transitions is one method of it, whoever asks. The file is read once, when
+`Store` is the only writer, and each of these transitions is one method of it. The file is read once, when
 it is opened; from then on the objects in memory are asked and the file is only written.
 """
 

@@ -351,5 +351,5 @@ class Peers(Generic[OptionsT]):
         self._publish()
 
     def _publish(self) -> None:
-        # Another one each time, so that nobody who goes through it is disturbed.
+        # Another one each time, since other threads may iterate over it.
         self.current = MappingProxyType(self._peers.copy())

@@ -290,7 +290,7 @@ def _on_its_bridge(endpoint: InspectedEndpoint, bridges: set[str]) -> InspectedE
 def _inside(
     sight: NamespaceView, mac: str | None, addresses: tuple[IPInterface, ...], outside: Interface | None
 ) -> Interface | None:
-    """The container's end: the other end of a pair, or who has the addresses."""
+    """The container's end: the other end of a pair, or the one with the addresses."""
     others = [each for each in sight.interfaces.values() if each.name != "lo"]
     for same in (
         lambda each: outside is not None and outside.kind == "veth" and each.index == outside.link,

@@ -64,13 +64,13 @@ _MACHINE_IDS = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
 
 
 class Lease(enum.Enum):
-    """Whom an address is kept for after its container is gone."""
+    """For which container an address is kept after its own is gone."""
 
     NONE = "none"
     MAC = "mac"
-    """Who has the same MAC address, as with ``docker run --mac-address``."""
+    """The one with the same MAC address, as with ``docker run --mac-address``."""
     NAME = "name"
-    """Who has the same name (engines ≥ 29, which tell it)."""
+    """The one with the same name (engines ≥ 29, which tell it)."""
 
 
 class PoolOptions(DriverOptions):
@@ -83,7 +83,7 @@ class PoolOptions(DriverOptions):
     """Seconds for which an address that was given back is given to others only if there is no other."""
 
     lease: Lease = Lease.NONE
-    """Whom an address is kept for after its container is gone."""
+    """For which container an address is kept after its own is gone."""
 
     lease_time: Annotated[float, Meta(gt=0)] = 86400.0
     """Seconds for which it is kept."""
@@ -97,7 +97,7 @@ class _Network:
     """In the file."""
     addresses: AddressPool
     leases: dict[IPAddress, str] = field(default_factory=dict)
-    """Of what is in use: whom it will be kept for."""
+    """Of an address in use: for which container it will be kept."""
     asked_again: set[IPAddress] = field(default_factory=set)
     """What an engine may ask for once more, since it has started."""
 
@@ -283,7 +283,7 @@ class PoolIpamDriver(IpamDriver):
                     if self.requires_request_replay:
                         self._asked_again.discard(pool_id)
                         return Pool(pool_id, network)
-                    self._drop_pool(self._pools[pool_id])  # whoever asked for it asks again, maybe with other options
+                    self._drop_pool(self._pools[pool_id])  # it is asked for again, maybe with other options
                 space.add(network, part)
             pool = _Pool(request.address_space, network, part, options)
             try:
@@ -336,7 +336,7 @@ class PoolIpamDriver(IpamDriver):
     # ------------------------------------------------------------------------------------------------- addresses
 
     def request_address(self, request: AddressRequest) -> IPInterface:
-        """The address that is asked for, or one by the pool's strategy; who has one and asks again gets the same."""
+        """The address that is asked for, or one by the pool's strategy; an owner that asks again gets the same."""
         with self._lock:
             pool = self._pools.get(request.pool_id)
             if pool is None:
@@ -369,7 +369,7 @@ class PoolIpamDriver(IpamDriver):
             return given
 
     def release_address(self, address: AddressRef) -> None:
-        """Take it back, and keep it for who had it, or from others, as the pool's options say."""
+        """Take it back, and keep it for its last owner, or from others, as the pool's options say."""
         with self._lock:
             pool = self._pools.get(address.pool_id)
             if pool is None or address.address not in self._network(pool).addresses:
@@ -411,7 +411,7 @@ class PoolIpamDriver(IpamDriver):
 
 
 def _owner(request: AddressRequest) -> str | None:
-    """Who has the address while it is in use: a gateway, an endpoint, or nobody in particular."""
+    """The owner of an address in use: a gateway, an endpoint, or none in particular."""
     if request.is_gateway:
         return _gateway(request.pool_id)
     return None if request.mac_address is None else str(request.mac_address)
@@ -426,7 +426,7 @@ def _is_endpoint(owner: str | None) -> bool:
 
 
 def _lease(request: AddressRequest, options: PoolOptions) -> str | None:
-    """Whom it is kept for afterwards."""
+    """The owner that it is kept for afterwards."""
     match options.lease:
         case Lease.MAC:
             return None if request.mac_address is None else str(request.mac_address)
@@ -437,7 +437,7 @@ def _lease(request: AddressRequest, options: PoolOptions) -> str | None:
 
 
 def _kept_for(lease: str | None) -> str | None:
-    """The owner of what is kept, so that it is nobody's who has an address."""
+    """The owner of a kept address: not one that has an address."""
     return None if lease is None else f"lease {lease}"
 
 

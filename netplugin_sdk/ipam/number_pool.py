@@ -126,7 +126,7 @@ class Strategy(enum.Enum):
     SERIAL = "serial"
     """The next behind the last that was given out; behind the end the lowest again."""
     HASHED = "hashed"
-    """One that follows from who asks, so that it mostly is the same again."""
+    """One that follows from the owner, so that it mostly is the same again."""
 
 
 @dataclass(order=True, slots=True)
@@ -140,7 +140,7 @@ class Held:
 class NumberPool:
     """Gives out the numbers from `first` to `last`, each to one owner at a time.
 
-    An owner is a text such as a MAC address; who has a number and asks again gets the same. A number that was given
+    An owner is a text such as a MAC address; an owner that asks again gets the same. A number that was given
     back can be held: for an owner, and from everybody else while there is any other.
 
     Args:
@@ -175,7 +175,7 @@ class NumberPool:
         return (number for index in self._used if (number := self.first + index) not in self._held)
 
     def owner(self, number: int) -> str | None:
-        """Who has it, or whom it is held for."""
+        """Its owner, or the one that it is held for."""
         return self._owners.get(number)
 
     def of(self, owner: str) -> int | None:

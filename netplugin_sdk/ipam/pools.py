@@ -55,7 +55,7 @@ class AddressPool:
         return None if number is None else self.interface(number)
 
     def owner(self, address: IPAddress) -> str | None:
-        """Who has it, or whom it is held for."""
+        """Its owner, or the one that it is held for."""
         return self._numbers.owner(int(address))
 
     def allocate(
@@ -68,7 +68,7 @@ class AddressPool:
     ) -> IPInterface:
         """An address for this owner, out of the part `within`, with the network's prefix length.
 
-        `seed` is what `Strategy.HASHED` hashes; else the owner. Who has one gets the same again.
+        `seed` is what `Strategy.HASHED` hashes; else the owner. An owner gets the same again.
 
         Raises `Unavailable` if there is none.
         """

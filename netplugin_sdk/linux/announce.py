@@ -1,6 +1,6 @@
 """What a host says unasked of an address that is new on a link.
 
-Who hears it corrects what it remembered: a neighbour the MAC address that goes with the address, a bridge the port and
+A receiver corrects what it remembered: a neighbour the MAC address that goes with the address, a bridge the port and
 a VXLAN the host that the MAC address is behind. An engine before 28 says nothing when a container starts, and later
 ones say it before the container's link is a port of anything that has learned.
 """

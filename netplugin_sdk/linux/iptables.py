@@ -57,7 +57,7 @@ def _mark(what: str) -> str:
 
 _LOCAL = "-m addrtype --dst-type LOCAL"
 _FROM_USERS = f"{_mark(_OURS)} -j {_OURS}"
-# Docker's own jump has no comment, so this one also tells who made the way to DOCKER-USER.
+# Docker's own jump has no comment, so this one also tells which program made the jump to DOCKER-USER.
 _FROM_FORWARD = f"{_mark(_USERS)} -j {_USERS}"
 _FROM_PREROUTING = f"{_LOCAL} {_mark(_OURS)} -j {_OURS}"
 _FROM_OUTPUT = {
@@ -335,7 +335,7 @@ class Backend:
         if not self.announced:
             self.forget()
         # No other process's change between the look and the change: rules belong to a network namespace, and its
-        # own file is one inode for whoever is in it.
+        # own file is one inode for all processes in it.
         with Path("/proc/thread-self/ns/net").open("rb") as namespace:
             fcntl.flock(namespace, fcntl.LOCK_EX)
             return any(together(*(partial(family.apply, policies) for family in self._families)))
@@ -422,7 +422,7 @@ class _Family:
 
     def _restore(self, change: str) -> None:
         if change:
-            # 10 s for Docker, or whoever else holds the lock of legacy iptables.
+            # 10 s for Docker, or another holder of the lock of legacy iptables.
             _run(self._pids, f"{self._command}-restore", "--noflush", "-w", "10", stdin=change)
 
 

@@ -154,8 +154,8 @@ class Namespace:
     ) -> None:
         """Move a link from here inside, under another name, give it its addresses, set it up, add routes, and tell.
 
-        The neighbours are told where the addresses are, by gratuitous ARP and unsolicited advertisements: who knew
-        another MAC address for one of them learns the new one (RFC 5227 section 3, RFC 4861 section 7.2.6).
+        The neighbours are told where the addresses are, by gratuitous ARP and unsolicited advertisements: one that
+        knew another MAC address learns the new one (RFC 5227 section 3, RFC 4861 section 7.2.6).
 
         If that fails the link is moved back, under its own name. Raises `NotFound` if there is no such link here,
         `LinkError` if the kernel refuses.
@@ -185,7 +185,7 @@ class Namespace:
             announce(name, owners)
 
         for pause in _ANNOUNCED:
-            time.sleep(pause)  # outside: who is inside keeps the namespace
+            time.sleep(pause)  # outside: a process that is inside keeps the namespace
             try:
                 self.call(tell)
             except (OSError, DriverError):

@@ -196,7 +196,7 @@ class _Binding:
 
 
 class _Ports:
-    """Who has which port."""
+    """Which endpoint has which port."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -249,7 +249,7 @@ class Datagrams:
 
 
 class Client:
-    """Whom to send the container's answers."""
+    """Where to send the container's answers."""
 
     __slots__ = ("_address", "_key", "_socket", "_source", "origin", "used")
 

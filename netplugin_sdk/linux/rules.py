@@ -4,7 +4,7 @@
 
 The rules of one bridge stand in four places, whatever writes them down:
 
-    INTO   a packet that would leave the host through this bridge: who may talk to its ports
+    INTO   a packet that would leave the host through this bridge: what may talk to its ports
     OUT    a packet that came from this bridge and that no other bridge has refused
     DNAT   a packet to an address of the host: published ports
     SNAT   a packet that was accepted: whose source is replaced on its way out
@@ -42,7 +42,7 @@ class Mode(enum.StrEnum):
     NAT = "nat"
     """Published ports are reached through the host's addresses, and nothing else from outside."""
     UNPROTECTED = "nat-unprotected"
-    """As `NAT`, and whoever has a route to the network reaches every port of its containers."""
+    """As `NAT`, and every host with a route to the network reaches every port of its containers."""
     ROUTED = "routed"
     """No address is translated; published ports are reached by the container's own address, and ping is."""
     ISOLATED = "isolated"
@@ -100,7 +100,7 @@ class Policy:
 
     @property
     def interfaces(self) -> str | int:
-        """Whom it is for: the name of the bridge, or the number of the group."""
+        """What it is for: the name of the bridge, or the number of the group."""
         return self.bridge if self.group is None else self.group
 
     @property

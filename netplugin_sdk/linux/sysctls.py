@@ -40,7 +40,7 @@ def ensure(name: str, value: str | int) -> str:
     """Set it, unless it has this value already, which a read-only ``/proc/sys`` allows too.
 
     Returns:
-        The value that it had before, to be remembered (`Network.attach`) by who wants to put it back.
+        The value that it had before; attach it (`Network.attach`) to put it back later.
 
     Raises:
         SysctlError: it is not there, or the kernel refuses.

@@ -70,7 +70,7 @@ def serve(
         limits: what one client may cost.
         timings: how long the SDK waits.
         metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.serving.metrics`); it needs the
-            extra ``netplugin-sdk[metrics]``, and anybody who reaches it may read.
+            extra ``netplugin-sdk[metrics]``, and anyone who can connect may read.
         log_format: ``text``, or ``json`` for one object per line.
         log_level: of the standard library's `logging`; DEBUG shows each connection.
 

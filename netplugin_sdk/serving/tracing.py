@@ -16,7 +16,7 @@ from netplugin_sdk.core.plugin import Answer, Answerer, Plugin
 def trace_calls(plugin: Plugin) -> None:
     """Make each call of the plugin a span, if this process has configured a tracer provider; `serve` does so itself.
 
-    Who has configured one has imported OpenTelemetry. So nothing is imported here that is not there already.
+    A process that has configured one has imported OpenTelemetry. So nothing more is imported here.
     """
     if "opentelemetry.trace" not in sys.modules:
         return

@@ -14,7 +14,7 @@ namespace whose first process dies with ours, so that nothing can outlive it, no
                     plugins run here
 
 The outside host is a further network namespace, joined to the engine's by a veth pair: it has no route to any container
-network, so that it sees who masquerades.
+network, so that it sees which packets are masqueraded.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ class PrivateEngine:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C is for us, who end it in order
+                start_new_session=True,  # Ctrl-C is for this process, which ends it in order
             )
         assert self._first.stdout is not None
         with self._first.stdout as said:

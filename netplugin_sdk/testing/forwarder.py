@@ -1,8 +1,8 @@
 """What stands in front of a plugin's socket: a program by itself, which `tap` runs as ``python -P forwarder.py``.
 
 Its arguments are the path of the plugin's socket, the descriptor that holds its `Place`, and that of a pipe for what
-it sees. It ends when its standard input does, so also when who started it is killed: it gives the socket back, answers
-what was asked, and exits. So no call is cut and nobody ever meets a closed socket.
+it sees. It ends when its standard input does, so also when its parent is killed: it gives the socket back, answers what
+was asked, and exits. So no call is cut and no client ever meets a closed socket.
 
     engine ── PATH: our socket ── forwarder ── FOLDER/plugin: the plugin's socket ── plugin
 
@@ -34,8 +34,8 @@ import httptools
 HEADER = struct.Struct("<cIQI")
 """Of a record: kind, number of the connection, monotonic ns, length of what follows. Kinds:
 
-``>`` bytes from the engine, ``<`` from the plugin; ``x`` the connection is over, and who ended it; ``f`` we are in
-front of a plugin from now on, its pid; ``n`` a note, which is text; ``!`` why we cannot begin.
+``>`` bytes from the engine, ``<`` from the plugin; ``x`` the connection is over, and which side ended it; ``f`` we are
+in front of a plugin from now on, its pid; ``n`` a note, which is text; ``!`` why we cannot begin.
 """
 
 REQUEST, ANSWER, CLOSED, IN_FRONT, NOTE, FAILED = b">", b"<", b"x", b"f", b"n", b"!"
@@ -49,7 +49,7 @@ _LOOK_EVERY = 0.2  # seconds between the looks whether the path still leads to u
 _RETRY = 0.01  # seconds between two tries to reach a plugin that is not there
 _PLUGIN_TIMEOUT = 15.0  # seconds that a call waits for the plugin's return; an engine tries as long
 _FIRST_WORDS = 1.0  # seconds that a new connection has for its first request, whatever ends
-_GRACE = 0.1  # seconds that we go on accepting when the path leads elsewhere: who has looked it up connects a bit later
+_GRACE = 0.1  # seconds of accepting after the path leads elsewhere: a client that has looked it up connects a bit later
 _DELAY_NS = 10_000_000  # that a record may wait for others
 _BATCH = 32 * 1024
 _BEHIND = 64 << 20  # bytes that the reader may be behind
@@ -102,7 +102,7 @@ class Place:
     def hold(self) -> bool:
         """Make the folder and hold it; False if somebody else does."""
         while True:
-            self.folder.mkdir(0o711, exist_ok=True)  # who connects to the plugin may be anybody, as before
+            self.folder.mkdir(0o711, exist_ok=True)  # any user may connect to the plugin, as before
             with suppress(FileNotFoundError):
                 fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
@@ -113,7 +113,7 @@ class Place:
                 self.release()
                 self.held = fd
                 if self._is_there():
-                    return True  # else it was removed by who held it
+                    return True  # else its holder removed it
 
     def _is_there(self) -> bool:
         """Whether the folder that is held is still the one of this name."""
@@ -178,7 +178,7 @@ class Place:
 
 
 class _Identity:
-    """Who has connected: a context manager in which we are the same user, since plugins look at that (SO_PEERCRED)."""
+    """The user that has connected: a context manager in which we are the same, since plugins check it (SO_PEERCRED)."""
 
     def __init__(self, user: int, group: int, groups: list[int]) -> None:
         self._user, self._group, self._groups = user, group, groups
@@ -280,7 +280,7 @@ class _Connection:
             self._deliver(self.plugin, held)
             self._settle()
         else:
-            self.handle(self.engine, _IN)  # who connects mostly says something at once
+            self.handle(self.engine, _IN)  # a client mostly sends something at once
         return True
 
     def handle(self, side: _Side, events: int) -> None:
@@ -515,7 +515,7 @@ class Forwarder:
         return True
 
     def _give_way(self) -> None:
-        """Be in front no more. Who has connected until now is served."""
+        """Stop being in front. Clients that have connected until now are served."""
         self._forget_process()
         if (listener := self._listener) is not None:
             self._listener = None

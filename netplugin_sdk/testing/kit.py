@@ -98,7 +98,7 @@ class Lab:
 
     @property
     def outside(self) -> Namespace:
-        """A further host, joined to the lab's by a link, that knows no container network: it sees who masquerades.
+        """A further host, joined to the lab's by a link, that knows no container network: it sees what is masqueraded.
 
         The lab's host is 198.51.100.1 and 2001:db8:51::1 for it, and it is the .2 of both.
         """

@@ -82,7 +82,7 @@ class Tap:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(self._place.held, records),
-                start_new_session=True,  # Ctrl-C is for us, who end it in order
+                start_new_session=True,  # Ctrl-C is for this process, which ends it in order
             )
         except BaseException:
             os.close(self._records)
@@ -410,7 +410,7 @@ def _end_kept(path: Path, forwarder_pid: int) -> tuple[int, int]:
 
 
 def _accepted(made: os.stat_result, not_from: set[int]) -> tuple[set[int], set[int]]:
-    """The inodes of sockets that were accepted by who listens at a socket file: with nothing unread, and the others."""
+    """The inodes of sockets that a listener at a socket file accepted: with nothing unread, and the others."""
     from pyroute2 import DiagSocket  # noqa: PLC0415  # 60 ms
 
     device = os.major(made.st_dev) << 20 | os.minor(made.st_dev)  # as the kernel has it

@@ -12,7 +12,7 @@ from netplugin_sdk.testing.kit import Lab
 from {{ cookiecutter.package_name }}.driver import Driver
 
 OUTSIDE = "198.51.100.2"
-"""Address of a host that has no route to containers: it answers only who is masqueraded."""
+"""Address of a host that has no route to containers: it answers only to masqueraded packets."""
 
 
 def test_neighbours_reach_each_other(lab: Lab) -> None:

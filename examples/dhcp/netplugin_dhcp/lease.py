@@ -29,7 +29,7 @@ class Lease:
     address: IPv4Interface
     server: IPv4Address
     server_mac: MacAddress
-    """Of who sent the answer: the server, or a relay that leads to it."""
+    """Of the sender of the answer: the server, or a relay that leads to it."""
     gateway: IPv4Address | None
     routes: tuple[Route, ...]
     renewal: float

@@ -169,10 +169,10 @@ class Leases:
 
 
 class _Stage(enum.Enum):
-    """What is asked of whom; the text completes a sentence for the log."""
+    """What is asked of which server; the text completes a sentence for the log."""
 
     CONFIRM = "no DHCP server confirms it"
-    """Whoever knows whether we have it, after our absence."""
+    """Any server that knows whether the lease is still valid, after an absence."""
     RENEW = "the DHCP server does not answer"
     """The server that granted it."""
     REBIND = "no DHCP server prolongs it"
@@ -356,7 +356,7 @@ class _Socket(AsyncDHCP4Socket):  # type: ignore[misc]  # pyroute2 has no types
         return await self._exchange(self.message(asking, prolonged, to_server=to_server), MessageType.ACK)
 
     def message(self, options: dict[str, Any], lease: Lease | None = None, *, to_server: bool = False) -> Any:
-        """From who has a lease, or from who has none; to the server that granted it, or to all."""
+        """From a client with a lease, or without one; to the server that granted it, or to all."""
         options["client_id"] = {"type": 1, "key": self.l2addr}
         content = {"op": Operation.BOOTREQUEST, "chaddr": self.l2addr, "options": options}
         content["flags"] = Flag.BROADCAST if lease is None else Flag.UNICAST  # how it is to be answered

@@ -159,7 +159,7 @@ class OverlayDriver(NetworkDriver[Options]):
     def create_endpoint(self, network: Network[Options], endpoint: Endpoint) -> EndpointInterface:
         """Give the endpoint the addresses that follow from its IPv4 address.
 
-        Who gets that address next has the MAC address that the neighbours remember.
+        The next container with that address has the MAC address that the neighbours remember.
         """
         requested = endpoint.requested
         if requested.address is None:

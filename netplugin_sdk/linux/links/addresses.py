@@ -49,8 +49,8 @@ def add_address(cannot: str, index: int | None, address: IPv4Interface | IPv6Int
 def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None = None) -> None:
     """A route of this host to `destination`, on the link of `interface`.
 
-    Without one, who sends there is told that it is unreachable, unless a route to a part of it says better. The routes
-    of an interface go when it goes down. Raises `Conflict` if there is another route to the same destination,
+    Without an interface, the destination is unreachable, except where a route to a part of it leads elsewhere. The
+    routes of an interface go when it goes down. Raises `Conflict` if there is another route to the same destination,
     `LinkError` if there is no such interface or the kernel refuses.
     """
     if interface is not None:
