@@ -1,24 +1,24 @@
-# make demo   a private Docker Engine uses myplugin, step by step (ENGINE=20.10|26.1|28.5|host, or none: without Docker)
-# make demo-swarm  three hosts with an engine each: a swarm, and a network of netplugin-overlay on it, step by step (a minute)
-# make test   every check and every test, real engines included (15 minutes; needs root)
-# make test-quick  tests of each module alone: no root, no network (a minute)
-# make test-pythons  test-quick with each Python from 3.11 to 3.14 that is here (8 minutes the first time)
-# make test-kernel  tests in network namespaces that they make: root (2 minutes)
-# make test-engine  tests with real engines: root (11 minutes)
-# make test-all  before a release: every test on every engine, with the full number of cases (an hour)
-# make coverage  lines and branches of the SDK that the quick and the kernel tests reach (8 minutes; root)
-# make docs   build the documentation to build/docs, and hold it against itself: links, names, code (20 seconds)
-# make audit  hold the installed packages against the vulnerabilities that PyPI knows of (10 seconds)
-# make mutants  break the SDK one line at a time, and list what no unit test notices (an hour; MUTANTS="--minutes 10")
-# make bench  what a call, a start and a plugin at rest cost, side by side with others (2 minutes)
-# make bench-engine  myplugin and Docker's bridge side by side on a private engine (15 minutes; wants a quiet machine)
+# make demo   show myplugin on a private Docker Engine, step by step (ENGINE=20.10|26.1|28.5|host, or none: without Docker)
+# make demo-swarm  show netplugin-overlay on a swarm of three hosts with an engine each, step by step (a minute)
+# make test   run every check and every test, real engines included (15 minutes; needs root)
+# make test-quick  test each module alone: no root, no network (a minute)
+# make test-pythons  run test-quick with each installed Python from 3.11 to 3.14 (8 minutes the first time)
+# make test-kernel  test in network namespaces that the tests make (2 minutes; needs root)
+# make test-engine  test with real engines (11 minutes; needs root)
+# make test-all  before a release, run every test on every engine, with the full number of cases (an hour)
+# make coverage  show which lines and branches of the SDK the quick and the kernel tests reach (8 minutes; needs root)
+# make docs   build the documentation in build/docs, and check its links, names and code (20 seconds)
+# make audit  check the installed packages against PyPI's list of vulnerabilities (10 seconds)
+# make mutants  break the SDK one line at a time, and list the changes that no unit test notices (an hour; MUTANTS="--minutes 10")
+# make bench  measure a call, a start and an idle plugin, side by side with rivals (2 minutes)
+# make bench-engine  compare myplugin with Docker's bridge on a private engine (15 minutes; needs a quiet machine)
 # make release  build wheel and sdist of the last commit twice, and compare them (a minute)
-# make bench-overlay  netplugin-overlay and Docker's overlay side by side, in a swarm of three engines (4 minutes)
-# make bench-scale  the overlay in a swarm of 1 000 nodes: a model, and one node of it for real (6 minutes)
-# make parity  hold myplugin against bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
+# make bench-overlay  compare netplugin-overlay with Docker's overlay, in a swarm of three engines (4 minutes)
+# make bench-scale  measure the overlay in a swarm of 1 000 nodes: a model, and one real node (6 minutes)
+# make parity  compare myplugin with bridge, row by row, on every engine, and write docs/parity.md (15 minutes)
 ENGINE ?= 26.1
 VENV ?= .venv
-#: Tests start hundreds of plugins: what is compiled once is kept.
+#: Tests start hundreds of plugins, so keep the compiled modules.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 SETUP_INPUT := tools/setup pyproject.toml $(wildcard examples/*/pyproject.toml)
@@ -35,7 +35,7 @@ demo: $(VENV)/.run
 demo-swarm: $(VENV)/.run
 	@$(BIN)/python examples/demo_swarm.py --engine $(ENGINE)
 
-#: -n: more workers than processors, since tests wait, too.
+#: -n: more workers than processors, since tests also wait.
 PYTEST := $(BIN)/python -m pytest --durations=10
 
 test: lint test-quick test-kernel test-engine
