@@ -66,7 +66,7 @@ def outside_interval(count: int) -> int:
 
 @dataclass
 class Report:
-    """What was measured on one engine."""
+    """The measurements on one engine."""
 
     engine: str  # as asked for
     version: str  # as it says

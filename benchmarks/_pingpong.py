@@ -1,10 +1,10 @@
-"""One byte there and one back over TCP, for _traffic.py, which runs both ends in network namespaces of its choice.
+"""Send one byte there and one back over TCP. _traffic.py runs both ends, in network namespaces of its choice.
 
     python _pingpong.py serve PORT
     python _pingpong.py call ADDRESS PORT SECONDS    prints the median of a round trip in microseconds, and how many
 
-It imports nothing but the standard library. Each end keeps to a processor of its own where there are two: otherwise the
-figure is mostly about which of them the kernel chose.
+It imports only the standard library. If there are two processors, each end keeps to one of them; otherwise the figure
+would mostly depend on the kernel's choice.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""What a network and two joined sandboxes take with the controller, beside the kernel's own time for the same.
+"""Measure the time for a network and two joined sandboxes with the controller, beside the kernel's own time for them.
 
     python benchmarks/cnm.py [--rounds 30] [--many]
 
-The kernel's own: the same namespaces, bridge, pairs, moves, addresses and routes by bare netlink requests, one after
-the other. "In process" asks myplugin's class, "socket" a myplugin of its own process. In turn, A B C, A B C, …; the
-median, and the median of the rounds' differences to the kernel. --many also makes 500 sandboxes on one network, and 200
-networks, and says what the first and the last took. All in a network namespace that ends with it.
+The kernel's own time is for the same namespaces, bridge, pairs, moves, addresses and routes, by plain netlink requests,
+one after the other. "In process" calls myplugin's class, "socket" a myplugin in a process of its own. They run in turn:
+A B C, A B C, … The results are the median, and the median of the rounds' differences to the kernel. --many also makes
+500 sandboxes on one network, and 200 networks, and shows the times of the first and the last. Everything is in a
+network namespace that ends with the program.
 """
 
 from __future__ import annotations

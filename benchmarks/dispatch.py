@@ -1,16 +1,16 @@
-"""How long one Join call takes, and how many a second, with 1 and with 8 callers: this SDK beside what else there is.
+"""Measure the time of one Join call, and calls per second, with 1 and with 8 callers: this SDK beside its rivals.
 
     python benchmarks/dispatch.py [--calls 4000] [--rounds 3]
 
-Each server is a process of its own on a unix socket, all in turn, several rounds. The client is one process that keeps
-one call of each caller under way (closed loop) over keep-alive connections, and reconnects where a server closes them.
-Every Join is the first of an endpoint that was created before, never a repetition.
+Each server is a process of its own on a unix socket; all take turns, for several rounds. The client is one process. It
+keeps one call per caller in flight (closed loop) over keep-alive connections, and reconnects if a server closes them.
+Every Join is the first for an endpoint that was created before, never a repetition.
 
-- sdk: this SDK's server and plugin as `serve` runs them, logging a line a call, state in SQLite on disk.
-- sdk-metrics: the same, measured for Prometheus, which does not ask meanwhile.
+- sdk: this SDK's server and plugin as `serve` runs them, with one log line per call, and state in SQLite on disk.
+- sdk-metrics: the same, with metrics for Prometheus, which does not scrape meanwhile.
 - sdk-memory: the same without the file.
 - waitress: the same plugin (state on disk) as a WSGI application under waitress.
-- docker-plugin-api: PyPI's docker-plugin-api 0.4 (Flask) under Werkzeug's server. It checks and remembers nothing.
+- docker-plugin-api: PyPI's docker-plugin-api 0.4 (Flask) under Werkzeug's server. It checks and stores nothing.
 """
 
 from __future__ import annotations

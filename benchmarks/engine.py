@@ -1,19 +1,19 @@
-"""myplugin beside Docker's built-in bridge on a real, private Docker Engine: the same calls with both, in turn.
+"""Compare myplugin with Docker's built-in bridge on a real, private Docker Engine: the same calls to both, in turn.
 
     python benchmarks/engine.py [operations] [burst] [scale] [data] [--engine 26.1] [--json FILE] [--svg FILE]
 
-- operations: what each of nine operations takes.
+- operations: the time of nine operations.
 - burst: 1, 10 and 100 containers started at once, then removed at once.
-- scale: what operations take when 1, 50, 100 and 200 networks with two containers each exist, of one driver at a time.
+- scale: the time of operations beside 1, 50, 100 and 200 networks with two containers each, of one driver at a time.
 - data: throughput (iperf3) and TCP round trip, container to container, outwards, and inwards by a published port.
 
-Times are of the engine's API over its socket, on a connection that stays: Docker's command line would add its own start
-(25 to 70 ms) to both. But for scale, both drivers have their turn in every round, and the order changes each time:
-`ratio` is that of the medians, `paired` the median of the rounds' ratios, with the interval that has that median with
-95 % (order statistics; under 6 rounds the interval is all there was and means little). "better" and "worse" are of
-myplugin, where the interval leaves out 1. `--control` measures the bridge against itself.
+The program measures the engine's API over its socket, on one connection: Docker's command line would add its own start
+(25 to 70 ms) to both. Except for scale, both drivers run in every round, and their order changes each time. `ratio` is
+the ratio of the medians. `paired` is the median of the rounds' ratios, with its 95 % confidence interval (by order
+statistics; with fewer than 6 rounds, the interval is the whole range and means little). If the interval does not
+contain 1, myplugin is "better" or "worse". `--control` compares the bridge with itself.
 
-Needs root and what the tests' engines need. A run of all four takes 10 to 15 minutes an engine.
+It needs root, and the same programs as the tests' engines. A run of all four takes 10 to 15 minutes per engine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from netplugin_sdk.testing.engine import (
 )
 
 PLUGIN = "myplugin"
-SETTLE = 0.3  # seconds before the other driver's turn: what one leaves to the kernel is not to be paid by the other
+SETTLE = 0.3  # seconds between turns, so that no driver pays for the other's late work in the kernel
 SAMPLES = 7  # of each operation at each size of `scale`
 
 
@@ -335,7 +335,7 @@ def one_more(docker: Timed, driver: str) -> dict[str, float]:
     times["kill+rm -p"] = docker.remove("probe")
     times["network rm"] = docker.remove_network("probe")
     time.sleep(SETTLE)
-    docker.create_container("alone", "none")  # what grows here is the engine itself
+    docker.create_container("alone", "none")  # here only the engine itself grows
     times["start, no network"] = docker.start("alone")
     times["kill+rm, no network"] = docker.remove("alone")
     return times
@@ -403,7 +403,7 @@ SECTIONS: Mapping[str, Callable[[Bench], None]] = {
 
 
 def measure(version: str, sections: Sequence[str], options: argparse.Namespace) -> tuple[Report, bool]:
-    """What was measured, and whether all of it could be."""
+    """The measurements, and whether they are complete."""
 
     def say(text: str) -> None:
         print(f"\r\x1b[K{f'Engine {version}: {text}' if text else ''}", end="", file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
-"""What a plugin costs when nothing happens: its import, its start and its memory, beside the other Python plugin.
+"""Measure the cost of an idle plugin: its import, its start and its memory, beside the other Python plugin.
 
     python benchmarks/footprint.py [--rounds 9]
 
-- import: `import netplugin_sdk` in a new interpreter, less what the interpreter itself takes.
+- import: `import netplugin_sdk` in a new interpreter, without the time of the interpreter itself.
 - start: from the start of the process to the answer to its first call, Plugin.Activate.
-- memory: resident set (VmRSS) of the process at rest, after some calls.
+- memory: the resident set (VmRSS) of the idle process, after some calls.
 
-All with compiled modules on disk (__pycache__), as an installed package has them.
+The modules are compiled on disk (__pycache__), as in an installed package.
 
 `myplugin` is the example driver as a user runs it, with netlink loaded; `docker-plugin-api` is PyPI's
 docker-plugin-api 0.4 (Flask) under Werkzeug's server, with a driver that does nothing and no netlink.

@@ -1,26 +1,26 @@
-"""How long giving out an address takes, and what a million of them hold in memory: this SDK beside what else there is.
+"""Measure the time to allocate an address, and the memory of a million of them: this SDK beside its rivals.
 
     python benchmarks/ipam.py [--quick] [--rounds 7] [--json FILE]
 
-A figure is the CPU time of giving out one address and taking it back, so that the pool is afterwards as it was: the
-median of some rounds, in each of which everybody has a turn of about 50 ms in every state, one after the other. Each
-contender and state is a process of its own. Nobody waits for anything, so on a quiet machine wall time is the same; the
-last line says how far it was off, and --json has both. What takes longer than a second is done as often as fits into
-some seconds, once at least, and marked with *. What cannot be set up or done within a minute is not run: "-".
+A figure is the CPU time to allocate one address and release it, so the pool is unchanged afterwards. It is the median
+of some rounds; in each round every contender has a turn of about 50 ms in every state. Each contender and state is a
+process of its own. Nobody waits for anything, so on a quiet machine wall time is the same; the last line shows the
+deviation, and --json has both times. An operation that takes longer than a second runs as often as fits into some
+seconds, at least once, and is marked with *. If setting up or running takes longer than a minute, the figure is "-".
 
 - sdk: `netplugin_sdk.ipam.AddressPool` by its three strategies, and first-free for an owner (a MAC address in text).
   It is filled by `Numbers.add`, which `take` ends in: that is faster by what the checks cost.
-- scan: what one writes first, `next(host for host in network.hosts() if host not in used)` with a set. Nothing is
-  faster where the first free address is near; but it grows with the distance, and to fill a pool takes quadratic time.
+- scan: the simplest way, `next(host for host in network.hosts() if host not in used)` with a set. Nothing is faster if
+  the first free address is near. But the time grows with the distance, and filling a pool takes quadratic time.
 - netaddr, lowest: PyPI's netaddr 1.3 with the addresses in use in an IPSet: the first gap of its `iter_cidrs()`, `add`,
   `remove`. (`IPSet([network]) - used` makes the set of free ones each time: slower. To keep that one is slower too:
   it has some 50 networks for each address in use of a /64, all of which `iter_cidrs()` sorts.)
 - netaddr, any: the free addresses in an IPSet; one network is taken out by `pop` and walked through address by address,
-  what comes back goes in by `add`. Its fastest, and which address it is cannot be said.
+  released addresses go in by `add`. This is netaddr's fastest way, but it does not choose the address.
 - ipalloc: PyPI's ipalloc 1.0, an IPAM library on top of netaddr, in memory, with its HeadPolicy (the lowest).
 
-Full means, in the /8: the lower half in one piece; the lower 99.9 % in one piece; all but 0.1 %, which are strewn over
-the whole. In the /64, of which nobody fills half: so many in use, at random, or in one piece from its start on.
+The states of the /8 are: the lower half in use, in one piece; the lower 99.9 %, in one piece; all except 0.1 %, which
+are scattered. Nobody fills half of a /64: there, the given number is in use, at random, or in one piece from its start.
 
 Memory is the growth of the resident set of a new process by a million addresses. "~" is scaled up from 100 000 of them
 (netaddr, lowest) or 10 000 (netaddr, any; ipalloc).
@@ -54,7 +54,7 @@ from netplugin_sdk.ipam import AddressPool, Strategy
 
 MILLION = 1_000_000
 BATCH = 0.05  # seconds that a contender has in a round
-SLOW = 1.0  # seconds; what takes longer is done less often
+SLOW = 1.0  # seconds; longer operations run less often
 IPNetwork = IPv4Network | IPv6Network
 
 
@@ -140,7 +140,7 @@ def holes(network: IPNetwork, state: State) -> Iterable[int]:
 # -------------------------------------------------------------------------------------------------- the contenders
 
 Turn = Callable[[], object]
-"""Gives out an address and takes it back; what it returns is the address."""
+"""Allocates an address and releases it; returns the address."""
 
 
 class Contender(ABC):
@@ -272,7 +272,7 @@ class Netaddr(Contender):
         return self.netaddr.IPAddress(self.first + number, self.network.version)
 
     def reserved(self) -> list[Any]:
-        """What the SDK does not give out either."""
+        """Addresses that the SDK does not give out either."""
         return [self.ip(0), *([self.ip(self.network.num_addresses - 1)] if self.network.version == 4 else [])]
 
     def used_set(self, state: State) -> Any:
@@ -469,7 +469,7 @@ class Worker:
 
 @dataclass
 class Figure:
-    """What one way takes in one state: microseconds for one turn, a value for each round."""
+    """The time of one contender in one state: microseconds per turn, one value per round."""
 
     scene: str
     state: str
@@ -496,7 +496,7 @@ class Figure:
 
 @dataclass
 class Held:
-    """What addresses hold in memory, in megabytes."""
+    """The memory of addresses, in megabytes."""
 
     name: str
     state: str

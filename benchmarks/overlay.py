@@ -1,21 +1,20 @@
-"""netplugin-overlay beside Docker's built-in overlay, in a swarm of three private engines: the same with both, in turn.
+"""Compare netplugin-overlay with Docker's built-in overlay, in a swarm of three private engines, in turn.
 
     python benchmarks/overlay.py [--engine 26.1] [--rounds 6] [--json FILE] [--plugin FOLDER]
 
 - data: throughput (iperf3) and TCP round trip between containers on two hosts.
-- join: from the request to the first answer. A container on one host listens, a new one on another connects to it, and
-  the time ends with the connection. "run" is a container of a worker (create and start by its engine's API, as `docker
-  run` does), "scale" one more replica of a service. "first" is the node's first container on the network, for which
-  engine and driver make the network there, "second" is one more. Most of it is the swarm's and the engine's, the same
-  with both.
+- join: the time from the request to the first answer. A container on one host listens, and a new one on another host
+  connects to it. "run" starts a container on a worker (create and start by its engine's API, as `docker run` does),
+  "scale" adds a replica to a service. "first" is the node's first container on the network, so engine and driver also
+  make the network there; "second" is one more. Swarm and engine take most of the time, the same with both drivers.
 
-Each turn has a network of its own, and nothing of the turn before is left. The order changes with every round: `ratio`
-is that of the medians, `paired` the median of the rounds' ratios, with the interval that has that median with 95 %
-(order statistics; under 6 rounds the interval is all there was and means little). "better" and "worse" are of
-netplugin-overlay, where the interval leaves out 1. `--control` measures Docker's against itself: what noise looks like.
+Each turn has a network of its own, and nothing of the turn before is left. The order changes with every round. `ratio`
+is the ratio of the medians. `paired` is the median of the rounds' ratios, with its 95 % confidence interval (by order
+statistics; with fewer than 6 rounds, the interval is the whole range and means little). If the interval does not
+contain 1, netplugin-overlay is "better" or "worse". `--control` compares Docker's overlay with itself: the noise.
 
-Needs root and what the tests' engines need. A run of 6 rounds takes 3 to 5 minutes. All hosts share this machine's
-processors: throughput is what they can do, not what a wire could.
+It needs root, and the same programs as the tests' engines. A run of 6 rounds takes 3 to 5 minutes. All hosts share this
+machine's processors, so they limit the throughput, not a wire.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ PLUGIN = "overlay-example"
 NETWORK, SERVICE = "bench", "replicas"
 PORT = 7000
 PATIENCE = 60.0  # seconds for what is to happen at all
-SETTLE = 0.5  # seconds before the other driver's turn: what one leaves to the kernel is not to be paid by the other
+SETTLE = 0.5  # seconds between turns, so that no driver pays for the other's late work in the kernel
 SECTIONS = ("data", "join")
 
 
@@ -155,7 +154,7 @@ class Bench:
         )
 
     def _scaling(self, count: int) -> Callable[[], None]:
-        """What `docker service scale` asks for."""
+        """The request of `docker service scale`."""
         docker = self.nodes[0].docker
         service = docker.call("GET", f"/services/{SERVICE}")
         spec = service["Spec"] | {"Mode": {"Replicated": {"Replicas": count}}}

@@ -1,13 +1,13 @@
-"""What head-end replication costs as a swarm grows: a model of all nodes, and one node of it that is real.
+"""Measure the cost of head-end replication as a swarm grows: a model of all nodes, and one real node.
 
     python benchmarks/scale.py [--nodes 3 10 30 100 300 1000] [--networks 100] [--endpoints 20] [--model] [--json FILE]
 
-Modelled: where the endpoints are (by chance, seeded), and from it the entries of each node, the calls of all engines to
-their plugins, the copies of each broadcast, and how long the gossip takes. Real, in network namespaces that end with
-it: one of the nodes. The controller makes its networks and containers with the overlay example, which is a process of
-its own with its state on disk; 1 000 nodes are 999 calls of DiscoverNew; entries and copies are counted in the kernel.
-That node is measured twice: with the networks that it has by the placement, and with all of them. The other nodes are
-addresses behind a gateway that is not there: nothing leaves this machine.
+The model places the endpoints at random, with a seed. From that it derives the entries of each node, the calls of all
+engines to their plugins, the copies of each broadcast, and the time of the gossip. One of the nodes is real, in network
+namespaces that end with the program. The controller makes its networks and containers with the overlay example, which
+is a process of its own with its state on disk. 1 000 nodes are 999 calls of DiscoverNew, and the program counts entries
+and copies in the kernel. It measures that node twice: with the networks that the model places there, and with all of
+them. The other nodes are addresses behind a gateway that does not exist: nothing leaves this machine.
 
 The real part needs root, and takes about eight minutes; --model leaves it out. docs/scaling.md explains the figures.
 """
@@ -110,7 +110,7 @@ class Cluster:
         return len(self.of_node[node]) * (self.size.nodes - 1)
 
     def figures(self) -> dict[str, float]:
-        """What all nodes have and send."""
+        """The entries and packets of all nodes."""
         nodes, others = self.size.nodes, self.size.nodes - 1
         flood = [self.flood_entries(node) for node in range(nodes)]
         running = [len(networks) for networks in self.of_node]
@@ -151,7 +151,7 @@ class News:
 
 
 def spread_of_news(nodes: int, chance: random.Random) -> News:
-    """Gossip of one node's joining, from one that knows: who knows tells three each round, and a limited number in all.
+    """Gossip about one joining node: each node that knows it tells three others per round, and a limited number in all.
 
     No message is lost, and all have the same clock. It is memberlist's way, without its pings.
     """
@@ -280,7 +280,7 @@ class RealNode:
 
 
 def _uplink() -> None:
-    """An interface with this node's address; what it sends goes to a gateway that does not exist, and is dropped."""
+    """An interface with this node's address; its packets go to a gateway that does not exist, and are dropped."""
     for argv in (
         "link add up0 type veth peer name up1",
         f"address add {THIS}/24 dev up0",
@@ -304,7 +304,7 @@ def _peer(number: int) -> str:
 
 
 def flooded(vxlan: str) -> set[str]:
-    """Whom it sends to what it knows no host of."""
+    """The nodes to which it floods packets for unknown hosts."""
     done = subprocess.run(["bridge", "fdb", "show", "dev", vxlan], capture_output=True, text=True, check=True)
     return {line.split()[2] for line in done.stdout.splitlines() if line.startswith(FLOOD)}
 

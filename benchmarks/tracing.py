@@ -1,10 +1,10 @@
-"""What `netplugin trace` adds to a call: one plugin, asked directly and through the trace in turn.
+"""Measure the time that `netplugin trace` adds to a call: call one plugin directly and through the trace, in turn.
 
     python benchmarks/tracing.py [--calls 4000]
 
 Servers, client and Join calls are those of dispatch.py. In front of each server is a real ``netplugin trace --record``,
-whose lines go to a file, too. Batches of 50 calls take turns: through the trace, and past it to the plugin's own
-socket, so that whatever else this machine does meets both.
+which also writes its lines to a file. Batches of 50 calls take turns, through the trace and directly to the plugin's
+own socket, so that other load on this machine affects both.
 """
 
 from __future__ import annotations

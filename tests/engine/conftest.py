@@ -1,4 +1,4 @@
-"""Real Docker Engines. One of each version is started for all tests; each test leaves it as it found it."""
+"""Real Docker Engines. All tests share one of each version, and each test leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def engines() -> Iterator[Callable[[str], PrivateEngine]]:
         def get(version: str) -> PrivateEngine:
             if version not in running:
                 running[version] = engine = closing.enter_context(PrivateEngine(version))
-                # What an engine makes once is there before anybody looks.
+                # An engine makes some things once: let it do so before the first look.
                 engine.docker("network", "create", "once")
                 engine.docker("run", "--rm", "--network", "once", "busybox", "true")
                 engine.docker("network", "rm", "once")
@@ -171,7 +171,7 @@ def state_of_host(engine: PrivateEngine) -> str:
 
 
 def all_of(engine: PrivateEngine) -> list[str]:
-    """What a module may not leave behind: containers, networks, plugins, processes, served sockets, and the rest."""
+    """Everything that a module must not leave behind: containers, networks, plugins, processes, sockets and others."""
     with engine.api() as docker:
         containers = [container["Names"][0] for container in docker.call("GET", "/containers/json?all=1")]
         networks = [network["Name"] for network in docker.call("GET", "/networks")]

@@ -1,4 +1,4 @@
-"""What the tests of crashes and of losses share: containers that tell who they are, and users that do not wait."""
+"""Shared by the tests of crashes and losses: containers that send their names, and users that do not wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .conftest import state_of
 
 NETWORKS = ("red", "green", "blue")
 KILL = ("--stop-signal", "KILL")
-"""Of ``docker run``: a dockerd that starts gives who is left 10 s, and a shell hears no SIGTERM."""
+"""Options of ``docker run``: a dockerd that starts gives leftover containers 10 s, and a shell ignores SIGTERM."""
 
 MISSING = 2.0
 """Seconds that Docker must not know something before `IMPATIENT` removes it."""
@@ -48,7 +48,7 @@ LOST = "the request body is empty"
 """The plugin was killed with a request that it had read. The engine's retry comes without its content
 (docs/protocol.md, Transport): no plugin could know what it was."""
 
-# Each line: where to ask from, what is wanted, and the question; those that are not answered are printed.
+# Each line: the asking namespace, the expected answer, and the question; unanswered questions are printed.
 _ASK = """
 ask() {
     where=$1 wanted=$2
@@ -97,7 +97,7 @@ def make(engine: PrivateEngine, boxes: Sequence[Box] = TEN) -> None:
 
 
 class Reached:
-    """What was looked up once, and can then be asked without an engine, again and again."""
+    """Facts that were looked up once, so that they can be checked repeatedly without an engine."""
 
     def __init__(self, engine: PrivateEngine, boxes: Sequence[Box] = TEN) -> None:
         self._engine = engine
@@ -123,7 +123,7 @@ class Reached:
         )
 
     def missing(self, *, relay: bool = True) -> str:
-        """Who did not reach whom. The plugin carries what comes from the host itself; without `relay` nobody does."""
+        """The questions without an answer. With `relay` false, it leaves out those that the plugin's relay carries."""
         script = _ASK + self._kernel + (self._relay if relay else "") + "wait\n"
         done = self._engine.run(["bash", "-c", script])
         assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def running(engine: PrivateEngine) -> set[str]:
 
 @dataclass(frozen=True)
 class Known:
-    """What the plugin has on disk: the networks, and the endpoints with what is half done of them."""
+    """The plugin's state on disk: the networks, and the endpoints with their intents."""
 
     networks: frozenset[str] = frozenset()
     endpoints: frozenset[tuple[str, str | None]] = frozenset()
@@ -267,7 +267,7 @@ class Users:
         self.done = 0
         """Commands that did what they were told."""
         self.failed: list[str] = []
-        """What the others said."""
+        """The output of the others."""
 
     def _use(self, number: int) -> None:
         name = f"user{number}"

@@ -1,4 +1,4 @@
-"""Plugins that misbehave, or tell what they see: ``drivers.py KIND [ARGUMENT …]`` serves myplugin's driver so."""
+"""Plugins that misbehave, or log what they see: ``drivers.py KIND [ARGUMENT …]`` serves such a variant of myplugin."""
 
 from __future__ import annotations
 

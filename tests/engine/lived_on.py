@@ -1,6 +1,6 @@
-"""A host that has been lived on: others' firewall rules, links, routes, sysctls, namespaces and containers.
+"""A host that others have used before: with their firewall rules, links, routes, sysctls, namespaces and containers.
 
-It is in namespaces, and nobody else is there: what a test changes on it is seen, and this machine does not matter.
+The host is in namespaces that nobody else uses. So a test's changes are visible, and this machine does not matter.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ printf '#!/bin/sh\\nexec nsenter --target="$(cat /run/engine.pid)" --mount /usr/
 chmod +x "$1/docker"
 """
 
-# A server on a port, and files that stay when who made them has ended.
+# A server on a port, and files that outlive the process that made them.
 _SOMEBODY = """
 import pathlib, signal, socket
 servers = [socket.create_server((address, 22), family=family)
@@ -251,7 +251,7 @@ class LivedOnHost:
         return self.engine.run([*self._environment(), *command], timeout)
 
     def run(self, *command: str, timeout: float = 120) -> str:
-        """What it prints; AssertionError with all that it says if it fails."""
+        """Its output. Raises AssertionError with the complete output if it fails."""
         done = self.try_to_run(*command, timeout=timeout)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -261,7 +261,7 @@ class LivedOnHost:
         return self.engine.spawn(name, ["setsid", *self._environment(), *command])
 
     def snapshot(self) -> Snapshot:
-        """What is there now, but the machine's mounts. Nor cgroups of others, which have no namespace."""
+        """The host's state, without the machine's mounts, and without others' cgroups, which have no namespace."""
         anchor = (self.engine.run_folder / "engine.pid").read_text().strip()
         nft = f"nsenter --target={anchor} --mount nft"  # an older nft ends at a newer one's tables
         folders = (*snapshot.FOLDERS, str(debian.cache() / "labs"))

@@ -1,7 +1,7 @@
 """Everything on a host that a network driver, or a test of one, could change, as text.
 
-Two of them are compared: `difference` is empty, or says what is gone and what is new. As a program it prints one as
-JSON, for a host that is in namespaces: ``python snapshot.py [--nft COMMAND] [--except FOLDER] [FOLDER …]``.
+`difference` compares two snapshots: it is empty, or lists the facts that are gone and new. As a program, this file
+prints one as JSON, for a host in namespaces: ``python snapshot.py [--nft COMMAND] [--except FOLDER] [FOLDER …]``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from netplugin_sdk.core.engine_api import SOCKET, Docker
 from netplugin_sdk.linux import namespaces
 
 Snapshot = dict[str, list[str]]
-"""What kind of thing, and where → a line for each fact, in an order that means something or else sorted."""
+"""The kind of object, and its place → a line for each fact, sorted unless the order has a meaning."""
 
 FOLDERS = ("/run", "/tmp", "/var/tmp", "/dev/shm", "/var/lib/netplugin")
 
 _SHOWN = 15  # lines for each kind of thing
 _NAMES = (Path("/run/netns"), Path("/run/docker/netns"))
 
-# What passes by itself: timers, and what traffic does.
+# Facts that change by themselves: timers, and effects of traffic.
 _TICKS = re.compile(
     r" (\w+_timer|lastuse|expires|used|age) \S+| \[\d+:\d+\]|counter packets \d+ bytes \d+ ?| hoplimit \d+"
 )
@@ -38,7 +38,7 @@ _UNSTEADY_SYSCTLS = re.compile(r"/(nf_conntrack_count|stable_secret|flush|dev_sn
 
 
 def difference(before: Snapshot, after: Snapshot) -> str:
-    """What is gone (-) and what is new (+), kind by kind; empty if nothing."""
+    """Facts that are gone (-) and new (+), kind by kind; empty if there are none."""
     text = []
     for kind in sorted(before.keys() | after.keys()):
         old, new = before.get(kind, []), after.get(kind, [])
@@ -66,7 +66,7 @@ def _short(kind: str, lines: list[str], other: list[str]) -> list[str]:
 
 
 def _interface(line: str) -> str:
-    """What a line about links or sysctls is about: an interface, or a folder."""
+    """The interface or the folder that a line about links or sysctls is about."""
     subject, _, _ = line.partition(" ")
     return str(Path(subject).parent) if subject.startswith("/") else subject
 
@@ -164,7 +164,7 @@ def _cgroups() -> Iterator[str]:
 
 
 def _files(folder: Path, but: str | None) -> Iterator[str]:
-    """What is below, and when it was written last."""
+    """The files below it, and the time of their last change."""
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if f"{at}/{name}" != but)
         for path in (Path(at), *(Path(at, name) for name in sorted(files))):

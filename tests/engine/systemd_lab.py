@@ -1,9 +1,9 @@
-"""A host with a real systemd, Docker's own units and a plugin's two. Its disk stays from one boot to the next.
+"""A host with a real systemd, Docker's own units and a plugin's two. Its disk survives from one boot to the next.
 
-systemd is this machine's, as the first process of namespaces of its own. Its root is a new tree with nothing of this
-machine but the programs, read-only, and a copy-on-write /etc: none of this machine's mounts is in it, since systemd
-would unmount them when it is switched off. containerd and dockerd are in a mount namespace of their own, whose root is
-the root file system of an engine (`netplugin_sdk.testing.engine`) and whose /run is the same as outside.
+It runs this machine's systemd as the first process of its own namespaces. The root is a new tree. From this machine it
+has only the programs, read-only, and a copy-on-write /etc. It has none of this machine's mounts, since systemd would
+unmount them at shutdown. containerd and dockerd are in a mount namespace of their own; its root is the root file
+system of an engine (`netplugin_sdk.testing.engine`), and its /run is the same as outside.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ tar -C $image -c . | docker import -c 'ENV PATH=/bin' - busybox
 class Host:
     """It is off at first. `close` removes it.
 
-    `example` is one of ours, or the path of another project: its units start `program`, what ``python -m MODULE`` does.
+    `example` is one of ours, or the path of another project: its units start `program`, as ``python -m MODULE`` does.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class Host:
         return {line.split()[4] for line in here.splitlines()}, {line.split()[4] for line in below.splitlines()}
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
-        """What a program of this machine prints, beside systemd; AssertionError with what it says if it fails."""
+        """The output of a program of this machine, run beside systemd. Raises AssertionError with it if it fails."""
         prefix = ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--"]
         environment = ["env", "-i", "SYSTEMD_UNIT_PATH=/etc/systemd/system", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
         done = subprocess.run(
@@ -332,7 +332,7 @@ class Host:
         return self.run("nsenter", f"--target={anchor}", "--mount", "--", *command, timeout=timeout)
 
     def docker(self, *arguments: str) -> str:
-        """What ``docker ARGUMENTS`` prints."""
+        """The output of ``docker ARGUMENTS``."""
         return self.in_engine("docker", *arguments)
 
     def import_busybox(self) -> None:
@@ -340,7 +340,7 @@ class Host:
         self.in_engine("bash", "-c", _IMPORT_BUSYBOX)
 
     def says(self, address: str, port: int, *, outside: bool = True) -> str:
-        """What a TCP server says to who connects, from the outside host or from this one."""
+        """The text that a TCP server sends to a client, on the outside host or on this one."""
         where = ("nsenter", "--net=/run/netns/outside") if outside else ()
         ask = f"exec 3<>/dev/tcp/{address}/{port}; cat <&3"
         return self.run(*where, "timeout", "5", "bash", "-c", ask, check=False)
@@ -350,7 +350,7 @@ class Host:
         return self.run("systemctl", "show", "--property", name, "--value", unit)
 
     def journal(self, *units: str, since: float | None = None) -> str:
-        """What these units, or all, have said since the last boot."""
+        """The log of these units, or of all, since the last boot."""
         chosen = [f"--unit={unit}" for unit in units]
         since = self.booted if since is None else since
         return self.run("journalctl", "--no-pager", "--output=short-precise", f"--since=@{since:.6f}", *chosen)

@@ -1,6 +1,6 @@
-"""The plugin, the engine or both are killed while ten containers run and users come and go: few are to notice.
+"""The plugin, the engine or both are killed while ten containers run and users come and go: few of them may notice.
 
-The plugin is one that is quicker to remove what Docker does not know (`IMPATIENT`), so that nobody waits for a minute.
+This plugin deletes objects that Docker does not know sooner than others (`IMPATIENT`), so the tests need not wait.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def host(version: str) -> Iterator[Host]:
 
 
 def remove_users(engine: PrivateEngine) -> None:
-    """What those left whose commands were cut off."""
+    """The leftovers of users whose commands were cut off."""
     left = set(engine.docker("ps", "--all", "--format", "{{.Names}}").split()) - NAMES
     if left:
         engine.docker("rm", "--force", *left)
@@ -92,7 +92,7 @@ def all_are_served(engine: PrivateEngine) -> None:
 
 
 def comes_back(engine: PrivateEngine) -> None:
-    """After the engine was killed: what is always restarted runs and is reached, and of the rest nothing is left."""
+    """After the engine was killed: containers with a restart policy run and answer; of the others nothing is left."""
     is_soon(lambda: running(engine) & NAMES, {box.name for box in ALWAYS})
     remove_users(engine)
     Reached(engine, ALWAYS).soon()

@@ -1,6 +1,6 @@
-"""`make demo`, `make demo-swarm`: their steps work, and they leave the host as it was, however they end.
+"""`make demo` and `make demo-swarm`: their steps work, and they leave the host unchanged, however they end.
 
-The host is in namespaces, so that other tests beside them do not matter (`lived_on`).
+The host is in namespaces, so that parallel tests do not interfere (`lived_on`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_on_a_private_engine(lived_on: LivedOnHost, version: str) -> None:
 def test_ctrl_c_ends_it_clean(lived_on: LivedOnHost, until: str) -> None:
     with (
         lived_on.unchanged(),
-        # What a shell starts in the background ignores Ctrl-C, and the tests may have been started so.
+        # A shell's background processes ignore Ctrl-C, and the tests may be one of them.
         lived_on.spawn("demo", "env", "--default-signal=INT", sys.executable, DEMO) as demo,
     ):
         wait_until(lambda: not demo.running or until in demo.log.read_text(), 300)
@@ -158,7 +158,7 @@ def test_without_a_docker_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.fixture
 def wheels() -> Iterator[Path]:
-    """What `netplugin bundle` asks PyPI for, since that host has no way there."""
+    """The packages that `netplugin bundle` gets from PyPI, since that host cannot reach it."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     python = "--python-version=3.13", "--implementation=cp", "--abi=cp313", "--abi=abi3", "--abi=none"  # trixie's
     built = "--only-binary=:all:", f"--platform=manylinux2014_{platform.machine()}"

@@ -133,7 +133,7 @@ def run(engine: PrivateEngine, name: str, *options: str, network: str = "lan") -
 
 
 def inspect(engine: PrivateEngine, name: str) -> dict[str, Any]:
-    """What Docker knows of the container's endpoint."""
+    """Docker's record of the container's endpoint."""
     (container,) = json.loads(engine.docker("inspect", name))
     found: dict[str, Any] = container["NetworkSettings"]["Networks"]["lan"]
     return found

@@ -1,9 +1,9 @@
-"""The plugin is killed at a point of what a real engine asks for, and starts again: then all three agree.
+"""The plugin is killed in the middle of a real engine's requests, and starts again: then disk, kernel and Docker agree.
 
-A network is created, a container runs on it with a published port, and both are removed, while the plugin is killed as
-it enters its Nth call that changes anything (tests/faults). In tests/kernel it is asked by an engine that is played and
-repeats its calls; here the engine does it itself, at every ninth point of one engine or another, and with
-NETPLUGIN_FULL at each point of each.
+The test creates a network, runs a container on it with a published port, and removes both. Meanwhile it kills the
+plugin as that enters its Nth system call that changes anything (tests/faults). In tests/kernel a simulated engine calls
+and repeats; here a real one does, at every ninth point of one engine or another, and with NETPLUGIN_FULL at each point
+of each.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def rows(engine: PrivateEngine) -> list[str]:
 
 
 def live(docker: Docker) -> list[str]:
-    """A life of a network and a container; what the engine refused, in its words."""
+    """The life of a network and a container; returns the engine's errors, in its words."""
     refused = []
 
     def ask(method: str, path: str, content: Mapping[str, object] | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""`netplugin inspect`, `repair` and `topology` beside a real engine: what was taken away is marked, and repaired."""
+"""`netplugin inspect`, `repair` and `topology` beside a real engine: they mark and repair missing parts."""
 
 from __future__ import annotations
 

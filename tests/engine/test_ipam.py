@@ -1,6 +1,6 @@
-"""PoolIpamDriver on real engines, as myplugin serves it: what a user of Docker's own IPAM would do with it, and more.
+"""PoolIpamDriver on real engines, as myplugin serves it: it works like Docker's own IPAM driver, and has more options.
 
-Then restarts and kills of both sides: no address is given out twice, and what is leaked is found again.
+Then both sides restart and are killed: the driver gives out no address twice, and finds leaked ones again.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def on_disk(engine: PrivateEngine, plugin: str, query: str) -> list[Any]:
 
 
 def rows(engine: PrivateEngine, plugin: str = "myplugin") -> list[str]:
-    """What it has on disk: networks, and addresses in use or held."""
+    """Its state on disk: networks, and addresses in use or held."""
     networks = on_disk(engine, plugin, "SELECT network FROM networks")
     addresses = on_disk(engine, plugin, "SELECT address FROM addresses")
     return sorted([*networks, *(str(ip_address(packed)) for packed in addresses)])
@@ -168,7 +168,7 @@ def subnets(engine: PrivateEngine, name: str) -> list[str]:
 
 
 def refused(engine: PrivateEngine, *arguments: str) -> str:
-    """What docker says: one line, besides where to find help and what its client has to say of itself."""
+    """The text of docker's error: one line, without the hint at help and the client's own messages."""
     done = engine.run_docker(*arguments)
     assert done.returncode != 0, done.stdout
     (line,) = [line for line in done.stderr.splitlines() if line and not re.search("^time=|docker run --help", line)]
@@ -368,7 +368,7 @@ def test_ipv6_that_is_chosen(engine: PrivateEngine) -> None:
 
 
 def test_myplugin_chooses_as_docker_does(engine: PrivateEngine) -> None:
-    """The first is docker0's. Docker's own goes round: what it gives depends on what it gave before."""
+    """The first is docker0's. Docker's own driver goes round: its choice depends on the one before."""
     create(engine)
     create(engine, driver="myplugin", name="other")
     create(engine, ipam="default", name="theirs")
@@ -643,7 +643,7 @@ def life(user: User) -> list[str]:
 
 
 def test_killed_at_points_of_what_an_engine_asks_for(engine: PrivateEngine, faulty: Supervisor) -> None:
-    """What was lost with the plugin is refused, and the next that asks for it gets it."""
+    """A request that was lost with the plugin fails, and the next one gets the same pool or address."""
     lost, leaked, kills = list[str](), list[str](), 0
     with engine.api() as docker:
         user = User(docker)
@@ -748,7 +748,7 @@ def test_what_is_given_back_while_the_plugin_is_down(engine: PrivateEngine) -> N
             create(engine, *subnet, ipam="faulty", name=name)
         run(engine, "guest", network="stays")
         run(engine, "resident", network="stays")
-        # What it has not seen in the engine yet it would not miss.
+        # It would not miss a pool that it has not seen in the engine yet.
         wait_until(lambda: None not in on_disk(engine, "faulty", "SELECT engine FROM pools"), PATIENCE)
     with ThreadPoolExecutor() as users:  # Docker tries for a while
         users.submit(engine.docker, "rm", "--force", "guest")

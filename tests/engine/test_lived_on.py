@@ -1,4 +1,4 @@
-"""Our own tests, and the demo, on a host that has been lived on: they pass there, and leave it as it was."""
+"""Our own tests and the demo on a host that others have used before: they pass there, and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BIND = f"import socket; socket.socket(socket.AF_UNIX).bind('{SOCKET}')"
 ELEMENT = "element inet somebodys blocked '{ 192.0.2.9 }'"
 NONLOCAL = "/proc/sys/net/ipv4/ip_nonlocal_bind"
 
-# What a test could do, how that is seen, and how it is undone. (Docker asks each socket of a plugin for volumes.)
+# A test's change, how it shows, and how it is undone. (Docker asks each socket of a plugin for volumes.)
 UNTIDY = (
     (f"{CLIENT}/docker create --name left busybox", "+container", f"{CLIENT}/docker rm left"),
     ("ip link add left type bridge", "+left flags=", "ip link delete left"),

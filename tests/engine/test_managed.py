@@ -1,6 +1,6 @@
-"""myplugin as a managed plugin, made by `netplugin bundle`: what the engine runs itself loses no more than a service.
+"""myplugin as a managed plugin, made by `netplugin bundle`: it loses no more than a service does.
 
-docs/managed.md tells which of this is the engine's doing, and what it does wrong.
+docs/managed.md explains what the engine and the SDK guarantee, and the engine's bugs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Managed:
 
     @property
     def state(self) -> Path:
-        """What ``propagatedMount`` is on the host."""
+        """The folder of ``propagatedMount`` on the host."""
         return self.engine.folder / "data/plugins" / self.id / "propagated-mount"
 
     @property
@@ -91,7 +91,7 @@ class Managed:
             return int(struct.unpack("iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
     def said(self, since: int = 0) -> list[str]:
-        """What the plugin said, in the engine's log."""
+        """The plugin's lines in the engine's log."""
         with self.engine.log.open() as log:
             log.seek(since)
             return [line for line in log if "plugin=" in line]
@@ -164,7 +164,7 @@ def test_it_may_do_little_and_that_is_enough(managed: Managed) -> None:
 
 
 def test_disabled_and_enabled(managed: Managed) -> None:
-    """What is in the kernel goes on; who starts a container meanwhile waits, for 15 s at most."""
+    """The kernel goes on forwarding; a `docker run` meanwhile waits, for 15 s at most."""
     engine, reached, since = managed.engine, Reached(managed.engine, BOXES), managed.now
     refused = engine.run_docker("plugin", "disable", "myplugin")
     assert "in use" in refused.stderr

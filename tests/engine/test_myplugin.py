@@ -1,4 +1,4 @@
-"""myplugin on real engines: what a user of Docker's bridge would do with it."""
+"""myplugin on real engines, used as Docker's bridge is."""
 
 from __future__ import annotations
 

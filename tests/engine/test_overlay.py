@@ -74,7 +74,7 @@ class Box:
 
 
 class Swarm:
-    """What users do, with one network; it is removed at the end, and nothing is left."""
+    """Users' actions with one network, which is removed at the end; nothing may be left."""
 
     def __init__(self, cluster: Cluster, name: str, *options: str, driver: str = DRIVER) -> None:
         self.cluster, self.name = cluster, name
@@ -124,7 +124,7 @@ class Swarm:
 
 
 def left(host: Host) -> list[str]:
-    """What there is of the driver's on a host."""
+    """The driver's objects on a host."""
     script = (
         "ip -brief link | grep -E '^(ov|vx|ve|vc)-'; iptables-save | grep netplugin; ip6tables-save | grep netplugin"
     )
@@ -233,7 +233,7 @@ def hexadecimal(ipv4: str) -> str:
 
 
 def test_a_network_that_cannot_be(cluster: Cluster) -> None:
-    """Who makes it hears nothing, since managers allocate later; its service shows it."""
+    """The command that makes it shows no error, since managers allocate later; its service shows it."""
     with nothing_left(cluster):
         swarm = Swarm(cluster, "huge", "-o", "mtu=9000")
         swarm.service("web", "--mode", "global", "--restart-condition", "none")

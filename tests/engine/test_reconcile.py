@@ -1,4 +1,4 @@
-"""What Docker, the plugin's file and the kernel have is made to agree again, whichever of them has lost something."""
+"""Docker, the plugin's file and the kernel agree again, whichever of them has lost something."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def clean(engine: PrivateEngine) -> Iterator[PrivateEngine]:
 
 
 def told(plugin: Process, word: str) -> list[Any]:
-    """What drivers.py has said of it."""
+    """The lines of drivers.py about it."""
     lines = plugin.log.read_text().splitlines()
     return [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word)]
 
@@ -176,7 +176,7 @@ class Red:
         return self.engine.run([*enter, "ping", "-c1", "-W1", OUTSIDE_ADDRESS]).returncode == 0
 
     def logged(self) -> Callable[[], str]:
-        """What the plugin says from now on."""
+        """The lines that the plugin logs from now on."""
         before = self.plugin.log.stat().st_size
 
         def read() -> str:
@@ -197,7 +197,7 @@ def red_host(engine: PrivateEngine) -> Iterator[Red]:
 def red(red_host: Red) -> Red:
     """With a plugin that has seen no loss yet, since it waits longer from one to the next."""
     for pid in red_host.reached.pids.values():
-        red_host.sh(f"nsenter --net=/proc/{pid}/ns/net ip neigh flush all")  # what an earlier test may have spoiled
+        red_host.sh(f"nsenter --net=/proc/{pid}/ns/net ip neigh flush all")  # an earlier test may have spoiled it
     red_host.restart()
     red_host.reached.soon()
     return red_host
@@ -381,7 +381,7 @@ def test_a_driver_that_asks_docker_while_docker_waits_is_refused(clean: PrivateE
 @pytest.mark.one_engine
 @pytest.mark.parametrize("seconds", [3 * CALL_TIME, 3600], ids=["late", "never"])
 def test_calls_that_take_too_long(clean: PrivateEngine, seconds: float) -> None:
-    """What they made is undone when they end; if they never do, when the plugin starts again."""
+    """Their work is undone when they end; if they never end, when the plugin starts again."""
     engine, create = clean, ("network", "create", "--driver", "myplugin")
     with fresh(engine, "slow", str(seconds)) as plugin:
         engine.docker(*create, "-o", "com.docker.network.bridge.name=slow.join", "slow")
@@ -399,7 +399,7 @@ def test_calls_that_take_too_long(clean: PrivateEngine, seconds: float) -> None:
         assert run.result().returncode == 125
         assert f"NetworkDriver.Join took over {CALL_TIME:g} seconds" in run.result().stderr
         assert f"NetworkDriver.CreateNetwork took over {CALL_TIME:g} seconds" in created.result().stderr
-        # When the join is given up the engine deletes the endpoint, which has to wait for it, and is given up as well.
+        # When the join expires, the engine deletes the endpoint. That has to wait for the join, and expires, too.
         assert lasted > CALL_TIME
         assert served > 1, "on another network"
         log = plugin.log.read_text()

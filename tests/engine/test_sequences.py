@@ -1,12 +1,12 @@
-"""Random sequences of what users do: the host is then exactly as it was before.
+"""Random sequences of users' actions: afterwards the host is exactly as it was before.
 
 A sequence makes networks with random options, runs, connects, disconnects, kills, restarts and removes containers, and
-ends the plugin now and then. What must be there is looked at after every step; then Docker removes everything, and
+ends the plugin now and then. The test checks the facts after every step. At the end Docker removes everything, and
 nothing may be left: no interface, address, route, rule, chain, sysctl, process, socket, or row of the plugin's state.
 
-A failure prints what was left, the plugin's log, and a blob that repeats the sequence. Each takes about a second. They
-are the same in each run: 12 with each engine, or 67 with NETPLUGIN_FULL. NETPLUGIN_SEQUENCES=100 plays so many,
-others each time.
+A failure prints the leftovers, the plugin's log, and a blob that repeats the sequence. A sequence takes about a second.
+The sequences are the same in each run: 12 with each engine, or 67 with NETPLUGIN_FULL. NETPLUGIN_SEQUENCES=100 plays
+100, and others each time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ KEPT = [
         "bridge/bridge-nf-call-ip6tables",
     )
 ]
-"""What a driver sets to 1 once, and leaves so: set before the first look."""
+"""A driver sets these to 1 once and leaves them: the test sets them before the first look."""
 
 T = TypeVar("T")
 
@@ -224,7 +224,7 @@ class Engine(Docker):
     """The engine's API, on one connection."""
 
     def refusal(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> str:
-        """What it says as it refuses; nothing if it does not."""
+        """The refusal's text; nothing if it succeeds."""
         try:
             self.call(method, path, content)
         except DockerError as error:
@@ -242,7 +242,7 @@ class World:
         self.numbers = 0
         self.sequences = 0
         self.events: Counter[str] = Counter()
-        """What happened in all sequences, and how often."""
+        """The events of all sequences, and how often each happened."""
         self._before: list[str] = []
         self._file = engine.folder / "expected.json"
         self._kept = {name: engine.run(["cat", name]).stdout.strip() for name in KEPT}
@@ -364,7 +364,7 @@ class World:
             self._before = before
 
     def clear(self) -> list[str]:
-        """Remove all containers and networks through Docker, all at once; what it says."""
+        """Remove all containers and networks through Docker, all at once; return its output."""
         if not self.plugin.running:
             self.start_plugin()
         containers = [c["Id"] for c in self.docker.call("GET", "/containers/json?all=1")]
@@ -392,7 +392,7 @@ class World:
         return json.loads(done.stdout)
 
     def _scrub(self, before: list[str]) -> None:
-        """What was left is not to be in the way of what follows."""
+        """Remove leftovers, so that they do not disturb the next sequence."""
         self.plugin.kill()
         keep = {line.split()[2] for line in before if line.startswith("interface ")}
         script = "rm -rf /var/lib/netplugin; cd /proc/sys/net/ipv4/conf; "
@@ -417,7 +417,7 @@ class World:
         return {line.partition(":")[0].strip() for line in lines}
 
     def holds(self, protocol: str, port: int) -> set[str]:
-        """Who of the host's sockets has this port: the addresses, in hexadecimal."""
+        """The addresses of the host's sockets with this port, in hexadecimal."""
         found = set()
         for kind in (protocol, f"{protocol}6"):
             with contextlib.suppress(FileNotFoundError):
@@ -440,7 +440,7 @@ class World:
 
 
 def within(namespace: Path, work: Callable[[], T]) -> T:
-    """What it returns in a network namespace, in a thread that ends with it."""
+    """Its return value in a network namespace, from a thread that ends with it."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -585,7 +585,7 @@ class Sequences(RuleBasedStateMachine):
             self.check_interfaces()
 
     def actions(self) -> Iterator[tuple[int, Action]]:
-        """What can be done now, and how often to choose it."""
+        """The actions that are possible now, and how often to choose each."""
         yield 1, self.invalid_network
         yield 1, self.end_plugin
         if len(self.nets) < 3:
@@ -730,7 +730,7 @@ class Sequences(RuleBasedStateMachine):
         return all(self.world.holds(port.protocol, each) for each in range(int(first), int(last or first) + 1))
 
     def look(self, box: Box) -> None:
-        """What is true of it now."""
+        """The facts that hold for it now."""
         shown = self.docker.call("GET", f"/containers/{box.name}/json")
         state = shown["State"]
         box.state = "paused" if state["Paused"] else "running" if state["Running"] else "stopped"
@@ -845,7 +845,7 @@ class Sequences(RuleBasedStateMachine):
         ]
 
     def published(self, draw: Draw) -> None:
-        """Who is on the host, or outside of it, gets to a published port."""
+        """A published port answers clients on the host and outside of it."""
         box = draw(st.sampled_from([box for box in self.boxes if self.served(box)]))
         for where, address, port in self.served(box):
             self.told(f"ask_{where} for {port} of {box.name}")

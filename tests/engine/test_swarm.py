@@ -1,4 +1,4 @@
-"""A managed plugin of global scope in a swarm of one node: what managers allocate reaches the node, and survives."""
+"""A managed plugin of global scope in a swarm of one node: the managers' allocations reach the node, and survive."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What an author has on the first day: the SDK's wheel in a fresh environment, a project of `netplugin new`, an engine.
+"""An author's first day: the SDK's wheel in a fresh environment, a project from `netplugin new`, and an engine.
 
-All of it away from this repository.
+Nothing here uses this repository.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .systemd_lab import SYSTEMD, Host
 REPOSITORY = Path(__file__).parents[2]
 PLUGIN = "my-driver"
 
-# What is installed here already is not installed, and we are root.
+# Packages that are already here are not installed again, and we are root.
 SUDO = '#!/bin/sh\n[ "$1" = apt-get ] || exec "$@"\n'
 
 pytestmark = pytest.mark.one_engine

@@ -1,11 +1,11 @@
-"""What the documentation shows is what happens: every console block of a page is run on a real engine.
+"""Runs every console block of the documentation on a real engine, and compares the output with the page.
 
-A page is a session of one shell, as root on the engine's host, in a folder of its own; its blocks' markers are those of
-unit/pages.py. Of a ``console`` block each line that begins with ``$ `` is run (a backslash at its end goes on with the
-next line), and what it prints must be what stands below it. Ids, times and process ids may be others, and ``…`` stands
-for anything, or, on a line of its own, for any lines.
+A page is one shell session, as root on the engine's host, in a folder of its own; unit/pages.py describes the markers
+of its blocks. The test runs each line of a ``console`` block that begins with ``$ `` (a backslash at its end continues
+it on the next line). The output must equal the lines below the command. Ids, times and process ids may differ, and
+``…`` stands for any text, or, on a line of its own, for any lines.
 
-``NETPLUGIN_DOCS=write`` writes what came into the page, for a reader to look at, where it is not what stands there.
+With ``NETPLUGIN_DOCS=write`` the test writes the real output into the page where it differs, for you to review.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.one_engine
 TUTORIAL = DOCS / "tutorial.md"
 SESSIONS = [page for page in PAGES if any(one.language == "console" and not one.not_run for one in blocks(page))]
 
-VARIABLE = (  # what differs from run to run, and what is shown instead
+VARIABLE = (  # text that differs from run to run, and its replacement
     (r"\b[0-9a-f]{64}\b", "ID"),
     (r"\b[0-9a-f]{12}\b", "ID"),
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME"),
@@ -116,7 +116,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nothing_left(engine: PrivateEngine) -> Iterator[None]:
     before = state_of(engine)
-    # As a reader's host is at first: what an earlier test's driver has switched on stays on.
+    # Start as a reader's host does: settings of an earlier test's driver stay on.
     engine.run(["sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/all/forwarding"])
     yield
     remove_all(engine)

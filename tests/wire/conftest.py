@@ -1,4 +1,4 @@
-"""Nothing here makes interfaces: those that drivers name count as there."""
+"""These tests make no interfaces: every interface that a driver names counts as existing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""At least once: whatever becomes of the answers, a conversation that is repeated goes as it goes without.
+"""At least once: whichever answers are lost, repeated requests have the same effect as requests that come once.
 
-Each recorded request is delivered in the ways in which an engine, or the death of a plugin, may deliver it. After each
-of them, since in the end nothing is left anyway, there must be on disk what is there when each request comes once.
+The test delivers each recorded request in all the ways that an engine's retries, or the death of the plugin, can cause.
+It compares the state on disk after each request, since at the end of a conversation nothing is left anyway.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ WITHOUT_BODY = {
 
 @dataclass(frozen=True)
 class Kept:
-    """Attached: what it is of, and how often that ran."""
+    """Attached data: the object that it belongs to, and how often its method ran."""
 
     what: str
     times: int = 1
@@ -160,7 +160,7 @@ class Stage(ABC):
             assert self.plugin.answered.acquire(timeout=PATIENCE), "a request was never answered"
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """What is on disk, without keys; read from a copy, since the plugin holds the file."""
+        """The state on disk, without keys; read from a copy, since the plugin locks the file."""
         copy = self.folder.with_name("copy")
         shutil.copytree(self.folder, copy)
         db = sqlite3.connect(copy / "state.db")
@@ -195,7 +195,7 @@ class Recorded(Stage):
     def _start(self) -> None:
         before = len(self.notes)
         super()._start()
-        del self.notes[before:]  # what the plugin restored
+        del self.notes[before:]  # from the plugin's restore
 
 
 # -------------------------------------------------------------------------------------------------------- deliveries

@@ -1,7 +1,7 @@
-"""Conversations recorded from real engines, replayed to a plugin that is restarted where the recorded one was.
+"""Replays conversations recorded from real engines to a plugin, and restarts it where the recorded one was restarted.
 
-The recorded plugin was another program; its two drivers are written again here, with the SDK, and note what they are
-given in the words of the wire. So a field that is lost or changed on its way to the author shows up as a difference.
+The recorded plugin was another program. Its two drivers are written again here, with the SDK, and record their
+arguments in the terms of the wire. So the test sees every field that is lost or changed on its way to the author.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def pool_words(data: IpamData) -> dict[str, Any]:
 
 
 def option_words(options: EndpointOptions) -> dict[str, Any]:
-    """The options from their typed attributes; what has none stays as it is."""
+    """The options from their typed attributes; options without one stay as they are."""
     typed: dict[str, Any] = {
         EXPOSED: [{"Proto": int(port.protocol), "Port": port.port} for port in options.exposed_ports],
         PORT_MAP: [
@@ -88,7 +88,7 @@ def option_words(options: EndpointOptions) -> dict[str, Any]:
 
 
 class Notes(list[tuple[str, dict[str, Any]]]):
-    """What the drivers were asked: method and request."""
+    """The calls to the drivers: method and request."""
 
     def network(self, method: str, network: Network[Any], endpoint: Endpoint | None = None, **more: Any) -> None:
         ids = {"NetworkID": network.id, **({"EndpointID": endpoint.id} if endpoint else {})}
@@ -241,7 +241,7 @@ def right_answer(line: dict[str, Any], internal: set[str]) -> Any:
 
 
 def right_notes(asked: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the drivers have to be given for these requests."""
+    """The arguments that the drivers must get for these requests."""
     programmed: set[str] = set()
     for line in asked:
         method, request = line["method"], line["request"]
@@ -276,7 +276,7 @@ def test_a_recorded_conversation(recording: str, tmp_path: Path, caplog: pytest.
         drivers = (networks, RecordedAddresses(notes)) if recording.endswith("-ipam") else (networks,)
         before = len(notes)
         plugin = Plugin(*drivers, state=tmp_path)
-        del notes[before:]  # what the plugin restored
+        del notes[before:]  # from the plugin's restore
         return plugin
 
     plugin = start()

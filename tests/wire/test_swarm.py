@@ -1,6 +1,6 @@
-"""What an engine in a swarm of one node said to a managed plugin, said again to one that is restarted as that one was.
+"""Replays the requests of an engine in a swarm of one node to a managed plugin, with the same restarts of the plugin.
 
-Recorded with the driver below: what it answered then, it answers now.
+They were recorded with the driver below, and its answers must still be the same.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Usage: ``agent.py SOCKET``. It answers one JSON line with one JSON line, on a unix socket:
 
-* ``{"do": "serve", "where": NS, "name": NAME, "ports": [[KIND, PORT], …]}``: tell each caller NAME and its address;
+* ``{"do": "serve", "where": NS, "name": NAME, "ports": [[KIND, PORT], …]}``: send each caller NAME and its address;
 * ``{"do": "ask", "patience": S, "probes": [[NS, KIND, HOST, PORT], …]}``: all at once; for each ``[NAME, ADDRESS, ""]``
   as a server told it, or ``["", "", WHY]``;
 * ``{"do": "bind", "probes": [[NS, KIND, HOST, PORT], …]}``: bind and close; for each "" or the error;
-* ``{"do": "heard"}``: who asked which server, as ``[NAME, ADDRESS]``, whether or not the answer came back;
-* ``{"do": "stop"}``: end all servers, forget who asked.
+* ``{"do": "heard"}``: which server was asked from which address, as ``[NAME, ADDRESS]``, even if the answer was lost;
+* ``{"do": "stop"}``: end all servers, forget their callers.
 
 NS is a path (``/proc/PID/ns/net``), or "" for the engine's own. KIND is tcp, udp, sctp or ping. SCTP is one INIT chunk,
 answered with an INIT ACK, over a raw socket: it needs no SCTP in the kernel, and netfilter takes it for an association.

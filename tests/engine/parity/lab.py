@@ -1,4 +1,4 @@
-"""What a row of the parity table is made of.
+"""The parts of a row of the parity table.
 
 A row is a function that takes a `Lab`, does with docker what a user would do, and returns the facts it saw, by name::
 
@@ -13,9 +13,9 @@ A row is a function that takes a `Lab`, does with docker what a user would do, a
         })
         return {name: bool(answer) for name, answer in seen.items()}
 
-It runs on a clean host with myplugin, and passes if that saw what the row says. Before a release (NETPLUGIN_FULL), and
-for the table (``--parity-table``), it runs with Docker's bridge as well: what a row says is what bridge does. Facts are
-plain values without ids or names of drivers (`Lab.who`, `Lab.plain`), since the two are compared.
+It runs on a clean host with myplugin, and passes if the facts are those of the row. Before a release (NETPLUGIN_FULL),
+and for the table (``--parity-table``), it also runs with Docker's bridge: the row states the facts of bridge. Facts are
+plain values without ids or names of drivers (`Lab.who`, `Lab.plain`), so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ ROWS: Mapping[str, str] = {
 
 
 class Target(NamedTuple):
-    """What a probe asks for."""
+    """The target of a probe."""
 
     kind: str
     host: str
@@ -123,7 +123,7 @@ def ping(host: str) -> Target:
 
 
 class Answer(NamedTuple):
-    """What came back; true if anything did."""
+    """The answer; true if there is one."""
 
     by: str
     """Name of the server that answered ("pong" for a ping), or nothing."""
@@ -184,11 +184,11 @@ class Lab:
     # -------------------------------------------------------------------------------------------------- docker
 
     def docker(self, *arguments: str) -> str:
-        """What it prints; raises `EngineError` if it fails."""
+        """Its output; raises `EngineError` if it fails."""
         return self.engine.docker(*arguments)
 
     def refusal(self, *arguments: str) -> str:
-        """What docker says as it refuses (see `plain`), or nothing if it does not refuse."""
+        """Docker's error (see `plain`), or nothing if it succeeds."""
         done = self.engine.run_docker(*arguments)
         return self.plain(done.stderr.strip() or "failed, and said nothing") if done.returncode else ""
 
@@ -250,7 +250,7 @@ class Lab:
         return self.api(f"/networks/{name}")
 
     def endpoint(self, container: str, network: str = "net") -> Any:
-        """What inspect shows of a container on a network: IPAddress, MacAddress, Gateway, …"""
+        """A container's endpoint on a network, from inspect: IPAddress, MacAddress, Gateway, …"""
         return self.inspect(container)["NetworkSettings"]["Networks"][network]
 
     def address(self, container: str, network: str = "net", version: int = 4) -> str:
@@ -282,7 +282,7 @@ class Lab:
         return f"/proc/{container['State']['Pid']}/ns/net"
 
     def host(self, *command: str, where: str = HOST) -> str:
-        """What a program of the host prints in a namespace: ``lab.host("ip", "route", where="one")``."""
+        """The output of a host's program in a namespace: ``lab.host("ip", "route", where="one")``."""
         done = self.try_host(*command, where=where)
         if done.returncode != 0:
             raise EngineError(f"{shlex.join(command)} in {where}: {done.stderr.strip()}")
@@ -350,7 +350,7 @@ class Lab:
         return state_of_host(self.engine)
 
     def left(self, before: str) -> list[str]:
-        """What is there since `state` was asked (``+ …``) or not any more (``- …``); nothing, within 5 s.
+        """New (``+ …``) and missing (``- …``) facts since `state` was taken; nothing, within 5 s.
 
         The kernel takes down a namespace, and the veth in it, up to a second after docker has answered.
         """
@@ -459,7 +459,7 @@ class Difference:
 
     fact: str
     myplugin: object
-    """What is seen instead. The row fails once it is not, so that the reason is not outlived."""
+    """The value that is seen instead. The row fails when it no longer is, so that no reason gets stale."""
 
     why: str
     engines: Sequence[str] = ()
@@ -485,7 +485,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """What one row showed on one engine."""
+    """The results of one row on one engine."""
 
     row: Row
     engine: str
@@ -510,14 +510,14 @@ def row(
 
     Args:
         number: that of parity.md.
-        title: what of the row it is, for the table.
-        expected: what must be seen, of bridge and of myplugin.
+        title: the part of the row that it tests, for the table.
+        expected: the facts of bridge and of myplugin.
         on: engine's version to what differs from that there; for both drivers.
         since: the first engine whose bridge does it. With earlier ones bridge must show something else, which is
             recorded, and myplugin must do it all the same.
         engine_since: the first engine that can be asked for it at all (options of docker's client, checks of the engine
             before any driver); with earlier ones both drivers must fail with an error of docker, which is recorded.
-        differences: what myplugin cannot show as bridge does.
+        differences: facts that myplugin cannot have in common with bridge.
     """
 
     def decorate(function: Callable[[Lab], Facts]) -> Callable[[Both], None]:
@@ -545,7 +545,7 @@ class Both:
         self._plugin: Process | None = None
 
     def try_row(self, row: Row) -> None:
-        """Raises AssertionError that says in which facts who differs."""
+        """Raises AssertionError that lists the differing facts, and which driver has them."""
         outcome = Outcome(row, self.engine.version)
         self.outcomes.append(outcome)
         try:

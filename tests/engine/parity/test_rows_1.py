@@ -36,7 +36,7 @@ SECOND, SECOND_6 = "198.51.100.7", "2001:db8:51::7"
 
 
 def by_whom(lab: Lab, answers: dict[str, Answer]) -> Facts:
-    """For each probe: who its server saw, or why nothing came back."""
+    """For each probe: the peer that its server saw, or why nothing came back."""
     return {fact: lab.who(answer.peer) if answer else "nothing" for fact, answer in answers.items()}
 
 
@@ -438,7 +438,7 @@ ISOLATED = {
 
 
 def isolation(lab: Lab, version: int, *options: tuple[str, ...]) -> Facts:
-    """What gets from network to network: two of the row's driver, one of bridge's."""
+    """The traffic between networks: two of the row's driver, one of bridge's."""
     lab.network(*options[0])
     lab.network(*options[1], name="other")
     lab.network(*options[2], name="plain", driver="bridge")
@@ -759,7 +759,7 @@ WHERE_FROM = {
     "from a neighbour": "gateway of net",
     "from a neighbour, the gateway": "gateway of net",
 }
-"""Who the container sees; where that is the gateway, docker-proxy is between."""
+"""The peer that the container sees; if that is the gateway, docker-proxy is between."""
 
 
 HAIRPIN = ("from itself", "from a neighbour")

@@ -42,7 +42,7 @@ def option(key: str, value: str) -> tuple[str, str]:
 
 
 def says(text: str, *words: str) -> bool | str:
-    """Whether docker refused, and named all of these; if not, what it said."""
+    """Whether docker refused, and its error names all of these; otherwise its output."""
     if not text:
         return "not refused"
     return all(word.lower() in text.lower() for word in words) or text
@@ -71,7 +71,7 @@ def interface_of(lab: Lab, container: str, network: str = "net") -> str:
 
 
 def settled(lab: Lab, wanted: str, patience: float = 3) -> list[str]:
-    """What of the host's state is more or less than in `wanted`, after at most so many seconds."""
+    """The difference between the host's state and `wanted`, after at most so many seconds."""
 
     def differences() -> list[str]:
         now, then = set(state_of_host(lab.engine).splitlines()), set(wanted.splitlines())
@@ -83,7 +83,7 @@ def settled(lab: Lab, wanted: str, patience: float = 3) -> list[str]:
 
 
 def eventually(lab: Lab, where: str, target: Target, timeout: float = 8) -> str:
-    """Who answers there, within that time."""
+    """The server that answers there, within that time."""
     found = ""
 
     def asked() -> bool:
@@ -140,7 +140,7 @@ def own_engine(lab: Lab, *arguments: str) -> Iterator[Lab]:
 
 
 def left_after(own: Lab, before: str) -> list[str]:
-    """Remove all containers and networks of an engine of one's own; what is left of them."""
+    """Remove all containers and networks of a private engine; return the leftovers."""
     own.clean_up()
     return settled(own, before)
 
@@ -909,7 +909,7 @@ def project_of_three(own: Lab) -> None:
 
 
 def works(own: Lab) -> list[object]:
-    """Who answers at the published port (IPv4, IPv6) and at the container's address; whether the client gets out."""
+    """The servers at the published port (IPv4, IPv6) and at the container's address; whether the client gets out."""
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: running(own, "web") and running(own, "client"), PATIENCE, every=0.1)
     return [
@@ -1133,7 +1133,7 @@ echo 0 > bridge/bridge-nf-call-ip6tables
 conntrack -F 2>/dev/null
 true
 """
-"""What of the kernel's state a reboot takes away, but for the lab's own link to the outside host."""
+"""The kernel's state that a reboot removes, except the lab's own link to the outside host."""
 
 
 def reboot(own: Lab, power_cut: bool) -> None:

@@ -1,9 +1,9 @@
-"""What the engine's host has, as lines of text: run in its namespaces, once for each look.
+"""The state of the engine's host, as lines of text: run in its namespaces, once for each look.
 
 Usage: ``snapshot.py [EXPECTED SECONDS]``. Prints JSON: ``lines``, and ``plugin`` (descriptors and threads of myplugin).
-With EXPECTED, a file with what was printed before, it looks again and again until the lines are those, for so long.
+With EXPECTED, a file with earlier output, it looks again until the lines are equal, for at most SECONDS.
 
-Left out is what changes by itself: counters, timers, carrier, ids in names of the engine's own sockets.
+It leaves out facts that change by themselves: counters, timers, carrier, ids in names of the engine's own sockets.
 """
 
 from __future__ import annotations
