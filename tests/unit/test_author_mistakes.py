@@ -328,6 +328,30 @@ class NoMethod(Author):
     peer_joined = None  # type: ignore[assignment]
 
 
+class NamedParameter(Author):
+    def leave(self, network: Network, *, endpoint: Endpoint) -> None:  # type: ignore[override]
+        pass
+
+
+class Static(Author):
+    @staticmethod
+    def restore_endpoints(network: Network, endpoint: Endpoint) -> None:
+        pass
+
+
+class Opne(Author):
+    def opne(self, folder: Path | None) -> None:
+        pass
+
+
+class Peers(Author):
+    peers = None  # type: ignore[assignment]
+
+
+class Swarm(Author):
+    scope = "global"  # type: ignore[assignment]
+
+
 class OnlyOne(Author):
     def program_external_connectivity(self, network: Network, endpoint: Endpoint, options: EndpointOptions) -> None:
         pass
@@ -364,6 +388,11 @@ class MisspeltPools(Addresses):
         (Plural, "Plural.restore_endpoints is not a method of NetworkDriver: did you mean restore_endpoint?"),
         (Async, "Async.leave must be a plain method, without async and yield"),
         (NoMethod, "NoMethod.peer_joined must be a method, got None"),
+        (NamedParameter, "NamedParameter.leave must take (network, endpoint), it takes (network, *, endpoint)"),
+        (Static, "Static.restore_endpoints is not a method of NetworkDriver: did you mean restore_endpoint?"),
+        (Opne, "Opne.opne is not a method of NetworkDriver: did you mean open?"),
+        (Peers, "Peers.peers is the SDK's own: call yours by another name"),
+        (Swarm, "Swarm.scope must be Scope.LOCAL or Scope.GLOBAL, got 'global'"),
         (OnlyOne, "OnlyOne defines only one of program_ and revoke_external_connectivity"),
         (MisspeltPools, "MisspeltPools.engine_start is not a method of IpamDriver: did you mean engine_starts?"),
     ],
@@ -398,6 +427,16 @@ def test_methods_of_an_authors_own_are_left_alone() -> None:
             """Looks like `join`, which is there, too."""
 
         def _leav(self) -> None:
+            pass
+
+        def clone(self) -> None:
+            """Looks like `close`, as `reopen` looks like `open`; both are words of their own."""
+
+        def reopen(self) -> None:
+            pass
+
+        @staticmethod
+        def leave(network: Network, endpoint: Endpoint) -> None:
             pass
 
         def bridge_of(self, network: Network) -> str:
