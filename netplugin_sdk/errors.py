@@ -28,7 +28,7 @@ class DriverError(Exception):
         """
         super().__init_subclass__()
         status: object = cls.status
-        if type(status) is not int or not 400 <= status <= 599 or status not in set(HTTPStatus):
+        if not isinstance(status, int) or not 400 <= status <= 599 or status not in set(HTTPStatus):
             raise TypeError(
                 f"{cls.__name__}.status must be an error status of HTTP, such as 409 or 500, not {status!r}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from netplugin_sdk.errors import InvalidReturn
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _IFNAMSIZ = 15  # bytes of a name, without the NUL (linux/if.h)
 _NUMBER = 3  # digits that the engine puts behind a prefix, at most 999 interfaces in a container
-_NAME = re.compile(r"[^/:\s]+")  # the kernel's dev_valid_name
+_NAME = re.compile(r"[^/:\s\0\ud800-\udfff]+")  # the kernel's dev_valid_name; JSON has no surrogates
+_GATEWAY = "com.docker.network.gateway"  # moby daemon/libnetwork/netlabel
+_CIDR = re.compile(r"[0-9a-fA-F:.]+/[0-9]{1,3}")  # of Go's net.ParseCIDR, which reads no netmask
 
 
 def join(
@@ -134,7 +136,7 @@ def endpoint_oper_info(value: object) -> Mapping[str, Any]:
         _wrong("endpoint_oper_info", value, "a mapping")
     try:
         messages.encode(dict(value))
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         _wrong("endpoint_oper_info", value, f"values that have a JSON form ({error})")
     return value
 
@@ -176,7 +178,25 @@ def request_pool(value: object) -> Pool:
     for key, text in value.data.items():
         if not isinstance(key, str) or not isinstance(text, str):
             _wrong("request_pool", text, "a text", f"data[{key!r}]")
+    if _GATEWAY in value.data:
+        _check_pool_gateway(value.data[_GATEWAY], value.pool)
     return value
+
+
+def _check_pool_gateway(text: str, pool: IPNetwork) -> None:
+    """The engine takes the gateway from there, as address/length (moby daemon/libnetwork/network.go).
+
+    0.0.0.0/0 and ::/0 say that there is none to be reserved, as Calico's driver does.
+    """
+    field = f"data[{_GATEWAY!r}]"
+    try:
+        gateway = ip_interface(text) if _CIDR.fullmatch(text) else None
+    except ValueError:
+        gateway = None
+    if gateway is None or gateway.version != pool.version:
+        _wrong("request_pool", text, f"an IPv{pool.version} address with its prefix length", field)
+    if not (gateway.ip in pool or gateway.ip.is_unspecified or gateway.is_link_local):
+        _wrong("request_pool", text, f"an address of the pool {pool}", field)
 
 
 def request_address(value: object, *, pool: IPNetwork | None) -> IPInterface:

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import msgspec
 from typing_extensions import dataclass_transform
@@ -26,8 +26,12 @@ _NATIVE: dict[type, str] = {
 }
 _COLLECTIONS = (list, tuple, set, frozenset)
 _UNIONS = (typing.Union, types.UnionType)
-_TEXTUAL = (str, int, float, bool, object, *_NATIVE)
-_STANDARD = ("datetime", "decimal", "uuid")  # msgspec reads their classes from text
+_TEXTUAL = (str, int, float, bool, types.NoneType, Any, *_NATIVE)
+_STANDARD = {  # classes that msgspec reads from text, by name: most plugins need not import them
+    "datetime": ("date", "datetime", "time", "timedelta"),
+    "decimal": ("Decimal",),
+    "uuid": ("UUID",),
+}
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
 
 
@@ -86,20 +90,38 @@ def check_types(options: type[DriverOptions]) -> None:
                 f"{options.__name__}.{field.name}: no option can be a {name}, since Docker sends texts; "
                 "a class with a class method parse(text) can"
             )
+        try:
+            msgspec.json.Decoder(field.type)  # msgspec refuses some unions and enumerations
+        except TypeError as error:
+            shown = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            reason = str(error).partition(" - type ")[0]
+            raise TypeError(f"{options.__name__}.{field.name}: no option can be a {shown}: {reason}") from None
+
+
+def _bare(kind: Any) -> Any:
+    """The type that stands behind Annotated, Final, a NewType or ``type Name = ...``."""
+    while True:
+        if typing.get_origin(kind) in (Annotated, Final):
+            kind = typing.get_args(kind)[0]
+        elif isinstance(kind, typing.NewType):
+            kind = kind.__supertype__
+        elif hasattr(kind, "__value__"):  # Python 3.12
+            kind = kind.__value__
+        else:
+            return kind
 
 
 def _unconvertible(kind: Any, *, inside: bool = False) -> Any:
     """The part of a field's type that no text can be converted to; None if there is none."""
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _unconvertible(parts[0], inside=inside)
     if origin in _UNIONS or ((origin or kind) in _COLLECTIONS and not inside):
         inside = inside or origin not in _UNIONS
         found = (_unconvertible(part, inside=inside) for part in parts if part is not Ellipsis)
         return next((wrong for wrong in found if wrong is not None), None)
     if isinstance(kind, type):
-        textual = kind in _TEXTUAL or issubclass(kind, enum.Enum | str | types.NoneType)
-        return None if textual or hasattr(kind, "parse") or kind.__module__ in _STANDARD else kind
+        textual = kind in _TEXTUAL or issubclass(kind, enum.Enum) or hasattr(kind, "parse")
+        return None if textual or kind.__name__ in _STANDARD.get(kind.__module__, ()) else kind
     return None if origin is Literal or kind is Any or isinstance(kind, TypeVar) else kind
 
 
@@ -110,9 +132,8 @@ def _lists(options: type[DriverOptions]) -> frozenset[str]:
 
 
 def _is_list(kind: Any) -> bool:
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _is_list(parts[0])
     if origin in _UNIONS:
         return any(_is_list(part) for part in parts)
     return (origin or kind) in _COLLECTIONS
@@ -152,6 +173,7 @@ def _explain(reason: str, given: Mapping[str, str], options: type[DriverOptions]
 
 def _enums(kind: Any) -> list[type[enum.Enum]]:
     """The enumerations in a field's type, such as ``Mode | None``."""
+    kind = _bare(kind)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return [kind]
     return [found for part in typing.get_args(kind) for found in _enums(part)]

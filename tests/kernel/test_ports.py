@@ -389,7 +389,7 @@ def test_after_close_everything_is_free_and_can_begin_again() -> None:
 
 
 def test_no_descriptor_and_no_thread_is_left() -> None:
-    before = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    descriptors, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
     for _ in range(5):
         first = ports.publish("a", [p(8080), p(), p(53, protocol=UDP)], addresses=BOTH)
         ports.publish("a", [p(8080), p(8081, 81)], addresses=BOTH, keep=first)
@@ -398,7 +398,9 @@ def test_no_descriptor_and_no_thread_is_left() -> None:
         with pytest.raises(PortInUse):
             ports.publish("b", [p(8080)], addresses=BOTH)
         ports.close()
-    assert (len(list(Path("/proc/self/fd").iterdir())), threading.active_count()) == before
+    # Not fewer than before: those of an earlier test may have ended meanwhile.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+    assert threading.active_count() <= threads
 
 
 def test_owners_come_and_go_in_many_threads() -> None:

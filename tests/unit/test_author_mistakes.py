@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import logging
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface, ip_network
+from http import HTTPStatus
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, NewType
 
 import pytest
 
@@ -109,6 +111,8 @@ CALLS["gw_alloc_check"] = [("GwAllocCheck", {"Options": {}})]
 CALLS["allocate_network"] = [("AllocateNetwork", {"NetworkID": NETWORK})]
 
 TEXT: Any = "10.0.0.1"
+CIRCLE: dict[str, Any] = {}
+CIRCLE["a"] = CIRCLE
 NAME = "1 to 15 bytes without slash, colon or space"
 RETURNS: list[tuple[str, Any, str]] = [
     ("join", lambda: None, "join returned None; expected a Join: is there a `return`?"),
@@ -116,6 +120,13 @@ RETURNS: list[tuple[str, Any, str]] = [
     ("join", Join("e" * 16), f"join returned interface '{'e' * 16}'; expected the name of an interface: {NAME}"),
     ("join", Join(""), f"join returned interface ''; expected the name of an interface: {NAME}"),
     ("join", Join("a/b"), f"join returned interface 'a/b'; expected the name of an interface: {NAME}"),
+    ("join", Join("a\0b"), f"join returned interface 'a\\x00b'; expected the name of an interface: {NAME}"),
+    ("join", Join("\udcff"), f"join returned interface '\\udcff'; expected the name of an interface: {NAME}"),
+    (
+        "join",
+        Join("vc-1", "e\0"),
+        "join returned prefix 'e\\x00'; expected 1 to 12 bytes without slash, colon or space",
+    ),
     ("join", Join("gone"), "join returned interface 'gone'; expected the name of an interface that is there"),
     ("join", Join("vc-1", ""), "join returned prefix ''; expected 1 to 12 bytes without slash, colon or space"),
     ("join", Join("vc-1", "e/th"), "join returned prefix 'e/th'; expected 1 to 12 bytes without slash"),
@@ -183,6 +194,8 @@ RETURNS: list[tuple[str, Any, str]] = [
     ("delete_endpoint", "done", "delete_endpoint returned 'done'; expected None, or Later("),
     ("endpoint_oper_info", lambda: None, "endpoint_oper_info returned None; expected a mapping"),
     ("endpoint_oper_info", {"a": object}, "expected values that have a JSON form"),
+    ("endpoint_oper_info", {"a": "\udcff"}, "expected values that have a JSON form"),
+    ("endpoint_oper_info", CIRCLE, "expected values that have a JSON form"),
     ("gw_alloc_check", True, "gw_alloc_check returned True; expected a SkipGateway"),
     ("allocate_network", lambda: None, "allocate_network returned None; expected a mapping of texts"),
     ("allocate_network", {"vni": 5}, "allocate_network returned vni 5; expected a text, as every option is"),
@@ -315,6 +328,30 @@ class NoMethod(Author):
     peer_joined = None  # type: ignore[assignment]
 
 
+class NamedParameter(Author):
+    def leave(self, network: Network, *, endpoint: Endpoint) -> None:  # type: ignore[override]
+        pass
+
+
+class Static(Author):
+    @staticmethod
+    def restore_endpoints(network: Network, endpoint: Endpoint) -> None:
+        pass
+
+
+class Opne(Author):
+    def opne(self, folder: Path | None) -> None:
+        pass
+
+
+class Peers(Author):
+    peers = None  # type: ignore[assignment]
+
+
+class Swarm(Author):
+    scope = "global"  # type: ignore[assignment]
+
+
 class OnlyOne(Author):
     def program_external_connectivity(self, network: Network, endpoint: Endpoint, options: EndpointOptions) -> None:
         pass
@@ -351,6 +388,11 @@ class MisspeltPools(Addresses):
         (Plural, "Plural.restore_endpoints is not a method of NetworkDriver: did you mean restore_endpoint?"),
         (Async, "Async.leave must be a plain method, without async and yield"),
         (NoMethod, "NoMethod.peer_joined must be a method, got None"),
+        (NamedParameter, "NamedParameter.leave must take (network, endpoint), it takes (network, *, endpoint)"),
+        (Static, "Static.restore_endpoints is not a method of NetworkDriver: did you mean restore_endpoint?"),
+        (Opne, "Opne.opne is not a method of NetworkDriver: did you mean open?"),
+        (Peers, "Peers.peers is the SDK's own: call yours by another name"),
+        (Swarm, "Swarm.scope must be Scope.LOCAL or Scope.GLOBAL, got 'global'"),
         (OnlyOne, "OnlyOne defines only one of program_ and revoke_external_connectivity"),
         (MisspeltPools, "MisspeltPools.engine_start is not a method of IpamDriver: did you mean engine_starts?"),
     ],
@@ -387,6 +429,16 @@ def test_methods_of_an_authors_own_are_left_alone() -> None:
         def _leav(self) -> None:
             pass
 
+        def clone(self) -> None:
+            """Looks like `close`, as `reopen` looks like `open`; both are words of their own."""
+
+        def reopen(self) -> None:
+            pass
+
+        @staticmethod
+        def leave(network: Network, endpoint: Endpoint) -> None:
+            pass
+
         def bridge_of(self, network: Network) -> str:
             return network.interface_name("br")
 
@@ -402,15 +454,23 @@ def test_a_status_that_is_none_is_refused_when_the_class_is_made(status: Any) ->
         type("Broken", (DriverError,), {"status": status})
 
 
-def test_a_status_of_an_authors_own() -> None:
-    class Teapot(DriverError):
-        status = 418
-
-    assert Teapot("short and stout").status == 418
+@pytest.mark.parametrize("status", [418, HTTPStatus.IM_A_TEAPOT], ids=repr)
+def test_a_status_of_an_authors_own(status: int) -> None:
+    teapot = type("Teapot", (DriverError,), {"status": status})
+    with Plugin(Author(create_network=teapot("short and stout"))) as plugin:
+        assert Docker(plugin).refused("CreateNetwork", create_network()) == (418, "short and stout")
 
 
 class Colour(enum.Enum):
     RED = "red"
+
+
+class Ratio(enum.Enum):
+    HALF = 0.5
+
+
+class Text(str):
+    __slots__ = ()
 
 
 @pytest.mark.parametrize(
@@ -424,6 +484,14 @@ class Colour(enum.Enum):
         (list[list[str]], "list"),
         (int | complex, "complex"),
         (Container, "Container"),
+        (object, "object"),
+        (Text, "Text"),
+        (
+            IPv4Address | IPv6Address,
+            r"ipaddress\.IPv4Address \| ipaddress\.IPv6Address: Type unions may not contain more",
+        ),
+        (list[int] | set[int], r"list\[int\] \| set\[int\]: Type unions may not contain more than one array-like"),
+        (Ratio, "Ratio: Enums must contain either all str or all int values"),
     ],
     ids=str,
 )
@@ -431,6 +499,29 @@ def test_an_option_that_no_text_can_be_is_refused_when_the_class_is_made(kind: A
     options: Any = type("Options", (DriverOptions,), {"__annotations__": {"many": kind}})
     with pytest.raises(TypeError, match=rf"^Options\.many: no option can be a {name}"):
         type("Driver", (Author,), {"options_type": options})
+
+
+Tag = NewType("Tag", int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (Tag, "7", 7),
+        (list[Tag], "7,8", [7, 8]),
+        (NewType("Tags", list[int]), "7,8", [7, 8]),
+        (Final[int], "7", 7),
+        (Any, "7", "7"),
+        (int | str, "7a", "7a"),
+        (Colour | None, "red", Colour.RED),
+        (uuid.UUID, "00000000-0000-0000-0000-000000000007", uuid.UUID(int=7)),
+    ],
+    ids=str,
+)
+def test_an_option_that_a_text_can_be(kind: Any, text: str, value: Any) -> None:
+    options: Any = type("Options", (DriverOptions,), {"__annotations__": {"one": kind}})
+    type("Driver", (Author,), {"options_type": options})
+    assert options.parse({"one": text}).one == value
 
 
 @dataclass
@@ -496,6 +587,19 @@ def test_an_address(address: Any, line: str) -> None:
             Pool("a", ip_network("10.0.0.0/8"), {"k": 5}),  # type: ignore[dict-item]
             "request_pool returned data['k'] 5; expected a text",
         ),
+        *(
+            (
+                Pool("a", ip_network("10.0.0.0/8"), {"com.docker.network.gateway": gateway}),
+                f"request_pool returned data['com.docker.network.gateway'] '{gateway}'; expected {expected}",
+            )
+            for gateway, expected in (
+                ("10.0.0.1", "an IPv4 address with its prefix length"),
+                ("10.0.0.1/255.0.0.0", "an IPv4 address with its prefix length"),
+                ("10.0.0.1/33", "an IPv4 address with its prefix length"),
+                ("fd00::1/64", "an IPv4 address with its prefix length"),
+                ("192.0.2.1/24", "an address of the pool 10.0.0.0/8"),
+            )
+        ),
     ],
 )
 def test_a_pool(pool: Any, line: str) -> None:
@@ -504,6 +608,15 @@ def test_a_pool(pool: Any, line: str) -> None:
     with Plugin(driver) as plugin:
         asked = {"AddressSpace": "LocalDefault", "Pool": "10.77.0.0/24"}
         assert Docker(plugin).refused("IpamDriver.RequestPool", asked) == (500, line)
+
+
+@pytest.mark.parametrize("gateway", ["10.0.0.1/8", "0.0.0.0/0", "169.254.1.1/32"])
+def test_a_gateway_of_a_pool(gateway: str) -> None:
+    driver = Addresses()
+    driver.pool = Pool("a", ip_network("10.0.0.0/8"), {"com.docker.network.gateway": gateway})
+    with Plugin(driver) as plugin:
+        answer = Docker(plugin)("IpamDriver.RequestPool", {"AddressSpace": "LocalDefault", "Pool": "10.0.0.0/8"})
+        assert answer["Data"] == driver.pool.data
 
 
 def test_threads_of_the_sdk_log_what_they_are_told(caplog: pytest.LogCaptureFixture) -> None:
