@@ -62,7 +62,7 @@ def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None =
     except NetlinkError as error:
         if error.code != errno.EEXIST:
             raise LinkError(cannot, error) from error
-        # Without `dump_filter` pyroute2 would look through all routes; see _describe.
+        # Without `dump_filter` pyroute2 would look through all routes; see `addresses_of`.
         same = {name: route[name] for name in ("family", "type", "oif") if name in route}
         for found in kernel().route("dump", table=_MAIN, dump_filter=None, **same):
             if (found.get("dst"), found["dst_len"]) == (str(destination.network_address), destination.prefixlen):

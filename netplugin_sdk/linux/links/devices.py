@@ -1,4 +1,4 @@
-"""Interfaces: bridges, veth pairs, macvlans, VLANs, VXLANs; made, changed, described, removed, and watched."""
+"""Interfaces: bridges, veth pairs, macvlans, VLANs, VXLANs. Makes, changes, describes and removes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux.links import netlink
 from netplugin_sdk.linux.links.addresses import add_address, addresses_of
+from netplugin_sdk.linux.links.diagnosis import watch
 from netplugin_sdk.linux.links.netlink import (
+    IFF_UP,
     LinkError,
     a_kind,
     add,
@@ -35,10 +37,9 @@ from netplugin_sdk.linux.links.netlink import (
     operation,
     required_index,
 )
-from netplugin_sdk.linux.watch import Made, Watch
+from netplugin_sdk.linux.watch import Made
 from netplugin_sdk.values import IPAddress
 
-_IFF_UP = 0x1  # linux/if.h
 _IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}  # linux/if_link.h
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
@@ -404,7 +405,7 @@ def describe(name: str) -> Link:
         kind=kind_of(message),
         mtu=message.get("mtu"),
         mac=message.get("address"),
-        up=bool(message["flags"] & _IFF_UP),
+        up=bool(message["flags"] & IFF_UP),
         master=None if master is None else name_of(master),
         addresses=addresses,
     )
@@ -431,22 +432,6 @@ def close() -> None:
     """
     watch.close()
     netlink.close()
-
-
-@operation
-def diagnose(name: str, made: Made) -> str | None:
-    """What is wrong with an interface that was made here, if anything is."""
-    present = addresses_of(name, made.index) if made.addresses else ()
-    message = message_of(name)
-    if message is None or message["index"] != made.index:
-        return "is gone"
-    if not message["flags"] & _IFF_UP:
-        return "is down"
-    if made.master is not None and message.get("master") != made.master:
-        return "is not a port of its bridge any more"
-    if lost := [str(address) for address in made.addresses if address not in present]:
-        return f"has lost {', '.join(lost)}"
-    return None
 
 
 def _ensure_upon(kind: str, name: str, parent: str, mac: str | None, **attributes: object) -> None:
@@ -481,5 +466,4 @@ def _mac_of(name: str) -> str:
     return bytes((0x02, *digest)).hex(":")
 
 
-watch = Watch(diagnose)
 atexit.register(close)

@@ -71,15 +71,15 @@ def ensure_fdb_entry(mac: str, port: str) -> None:
 def _append(name: str, *peers: str) -> None:
     """Many requests in one message to the kernel: by pyroute2, one by one, a thousand peers take 0.3 s, here 5 ms."""
     cannot = f"vxlan {name}: cannot add the entry {_ANY} → "
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
         for first in range(0, len(peers), _MANY):
             some = peers[first : first + _MANY]
             index = required_index(cannot + some[0], name)
             last = len(some) - 1
-            kernel.send(b"".join(_flood_request(index, peer, n, n == last) for n, peer in enumerate(some)))
+            sock.send(b"".join(_flood_request(index, peer, n, n == last) for n, peer in enumerate(some)))
             number = -1
             while number < last:  # what is refused is told, and the last one always
-                number, error = struct.unpack_from("=8xI4xi", kernel.recv(4096))
+                number, error = struct.unpack_from("=8xI4xi", sock.recv(4096))
                 if error:
                     raise LinkError(cannot + some[number], OSError(-error, os.strerror(-error)))
 
@@ -109,7 +109,7 @@ def _entries(name: str) -> Any:
     cannot = f"vxlan {name}: cannot read its entries"
     index = required_index(cannot, name)
     try:
-        # The kernel filters, as for addresses; see _describe.
+        # The kernel filters; see `addresses.addresses_of`.
         return [entry for entry in kernel().fdb("dump", ifindex=index, dump_filter=None) if entry["ifindex"] == index]
     except NetlinkError as error:
         raise LinkError(cannot, error) from error

@@ -17,6 +17,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest
 
+IFF_UP = 0x1  # linux/if.h
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -188,8 +190,11 @@ def given(**attributes: object) -> dict[str, Any]:
 
 
 def add(cannot: str, kind: str, name: str, same: Mapping[Any, object], /, **attributes: object) -> Any | None:
-    """"""
-    """None if it is new; else what is there, if it is of this kind and what tells one from another is the same."""
+    """Create an interface. None if it is new; else the message of the existing one.
+
+    The existing one must be of this `kind`, and its attributes must equal `same`: those that tell one interface of the
+    kind from another. Raises `Conflict` if it differs, `NetlinkError` if the kernel refuses.
+    """
     try:
         kernel().link("add", kind=kind, ifname=name, **attributes)
     except NetlinkError as error:
