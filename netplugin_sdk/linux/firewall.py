@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import iptables, nftables, sysctls
@@ -35,9 +35,14 @@ from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
 __all__ = [
+    "BACKENDS",
     "GROUP",
+    "Announcements",
+    "Backend",
     "BackendName",
     "FirewallError",
+    "Keeper",
+    "KernelAnnouncements",
     "Mode",
     "Policy",
     "bridges",
@@ -46,6 +51,7 @@ __all__ = [
     "detect",
     "ensure",
     "ensure_forwarding",
+    "keeper",
     "settle",
     "use",
 ]
@@ -73,7 +79,7 @@ def ensure(policy: Policy) -> None:
 
     Raises `FirewallError` if the kernel or the program refuses, `Unavailable` if the program is not installed.
     """
-    _keeper.submit(policy.bridge, policy)
+    keeper.submit(policy.bridge, policy)
 
 
 def delete(bridge: str) -> None:
@@ -83,7 +89,7 @@ def delete(bridge: str) -> None:
     be written into a rule.
     """
     check(bridge)
-    _keeper.submit(bridge, None)
+    keeper.submit(bridge, None)
 
 
 def ensure_forwarding(version: int) -> None:
@@ -103,7 +109,7 @@ def ensure_forwarding(version: int) -> None:
 
 
 def _forward_nothing_else(version: int) -> None:
-    if (_keeper.chosen or detect()) == "nftables":
+    if (keeper.chosen or detect()) == "nftables":
         raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
     iptables.set_policy(version)
 
@@ -131,13 +137,13 @@ def bridges() -> dict[str, str]:
 
 def settle() -> None:
     """Wait until what was asked for before is in force."""
-    _keeper.settle()
+    keeper.settle()
 
 
 def use(backend: BackendName | None) -> None:
     """Write rules down with this one, not with what Docker uses here. Call it before anything else."""
     close()
-    _keeper.chosen = backend
+    keeper.chosen = backend
 
 
 def close() -> None:
@@ -146,7 +152,7 @@ def close() -> None:
     Done by itself when the interpreter exits. The watch stays in the network namespace of the thread whose call
     started it: a process that changes its namespace closes first.
     """
-    _keeper.close()
+    keeper.close()
 
 
 class Backend(Protocol):
@@ -167,15 +173,78 @@ class Backend(Protocol):
         """Look before the next change: somebody else may have changed something of ours."""
 
 
-class _Keeper:
+class Announcements(Protocol):
+    """Announcements of changes to the firewall."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def fileno(self) -> int:
+        """The descriptor that is readable when something was announced."""
+
+    def of_others(self, pids: Collection[int]) -> bool:
+        """Read all announcements. Whether a process changed something that is none of these."""
+
+
+class KernelAnnouncements(socket.socket):
+    """The kernel tells which process changed nf_tables (linux/netfilter/nfnetlink.h)."""
+
+    _NETLINK_NETFILTER = 12
+    _GROUP = 1 << (7 - 1)  # NFNLGRP_NFTABLES
+    NEW_GENERATION = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
+    HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._NETLINK_NETFILTER)
+        self.bind((0, self._GROUP))
+
+    def of_others(self, pids: Collection[int]) -> bool:
+        """Read what has come; whether a process changed something that is none of these."""
+        found = False
+        while True:
+            try:
+                packet = self.recv(65536)
+            except BlockingIOError:
+                return found
+            except OSError:  # ENOBUFS: more came than there was room for
+                found = True
+                continue
+            place = 0
+            while place + self.HEADER.size <= len(packet):
+                length, kind, _, _, port = self.HEADER.unpack_from(packet, place)
+                found = found or (kind == self.NEW_GENERATION and port not in pids)
+                place += max(self.HEADER.size, length + 3 & ~3)
+
+
+BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
+"""The back ends, by name."""
+
+
+class Keeper:
     """One thread that applies policies, several at a time where many are asked for at once, and keeps them in force."""
 
-    def __init__(self, *, quiet: float = 0.2, poll: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: float = 0.2,
+        poll: float = 5.0,
+        backends: Mapping[BackendName, Callable[[], Backend]] = BACKENDS,
+        announcements: Callable[[], Announcements] = KernelAnnouncements,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.quiet = quiet
         """Seconds from another program's change to a comparison: changes come in bursts."""
         self.poll = poll
         """Seconds between comparisons where changes are not announced."""
+        self.backends = backends
+        """Makers of the back ends, by name."""
+        self.announcements = announcements
+        """Opens the source of announcements; called once for each start of the thread."""
+        self.clock = clock
+        """The time in seconds, from any start; never goes back."""
         self.chosen: BackendName | None = None
+        """The back end that `use` chose; None for the one that Docker uses here."""
+        self.comparisons = 0
+        """How many times the firewall was compared with the policies without a request."""
         self._changed = threading.Condition()
         self._policies: dict[str, Policy] = {}
         self._in_force: dict[str, Policy] = {}  # answered, and nothing asked since
@@ -184,7 +253,20 @@ class _Keeper:
         self._wake = -1
         self._closing = False
 
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies to be kept in force, by bridge, as they are now."""
+        with self._changed:
+            return dict(self._policies)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The bridges with a request that the thread has not begun."""
+        with self._changed:
+            return frozenset(self._asked)
+
     def submit(self, bridge: str, policy: Policy | None) -> None:
+        """Put a policy in force, as `ensure`; None removes it, as `delete`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closing)
             done = self._ask(bridge)
@@ -200,6 +282,7 @@ class _Keeper:
             done.add_done_callback(partial(_log_failure, bridge))
 
     def settle(self) -> None:
+        """Wait until all earlier requests are in force."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closing)
             done = self._ask("") if self._thread is not None else None
@@ -222,6 +305,7 @@ class _Keeper:
         return done
 
     def close(self) -> None:
+        """Finish the requests, end the thread and forget all policies."""
         with self._changed:
             if (thread := self._thread) is not None:
                 self._closing = True
@@ -256,12 +340,12 @@ class _Keeper:
     def _watch(self, wake: int) -> None:
         backend: Backend | None = None
         look_at = math.inf
-        with _Announcements() as announcements:
+        with self.announcements() as announcements:
             poll = select.poll()
             poll.register(wake, select.POLLIN)
             poll.register(announcements, select.POLLIN)
             while True:
-                seconds = look_at - time.monotonic()
+                seconds = look_at - self.clock()
                 ready = dict(poll.poll(None if look_at == math.inf else max(0.0, seconds * 1000)))
                 if wake in ready:
                     os.eventfd_read(wake)
@@ -269,7 +353,7 @@ class _Keeper:
                 if others and backend is not None:
                     # No look before the next change: it takes longer the more there is, and hardly anybody's change
                     # is to ours. One that does not fit what is there fails, and is made after a look.
-                    look_at = min(look_at, time.monotonic() + self.quiet)
+                    look_at = min(look_at, self.clock() + self.quiet)
                 with self._changed:
                     asked, self._asked = self._asked, {}
                     policies = dict(self._policies)
@@ -278,18 +362,19 @@ class _Keeper:
                     backend = self._answer(backend, asked, policies)
                 if closing:
                     return
-                if backend is not None and time.monotonic() >= look_at:
+                if backend is not None and self.clock() >= look_at:
                     backend.forget()
                     _repair(backend, policies)
+                    self.comparisons += 1
                     look_at = math.inf
                 if look_at == math.inf and policies and backend is not None and not backend.announced:
-                    look_at = time.monotonic() + self.poll
+                    look_at = self.clock() + self.poll
 
     def _answer(
         self, backend: Backend | None, asked: dict[str, list[Future[None]]], policies: dict[str, Policy]
     ) -> Backend | None:
         try:
-            backend = backend or _BACKENDS[self.chosen or detect()]()
+            backend = backend or self.backends[self.chosen or detect()]()
             _, failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
         except Exception as error:
             failed = dict.fromkeys(asked, error)
@@ -303,9 +388,6 @@ class _Keeper:
                 else:
                     future.set_result(None)
         return backend
-
-
-_BACKENDS: dict[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
 
 
 def _only_removes(before: Policy, after: Policy) -> bool:
@@ -341,35 +423,6 @@ def _log_failure(bridge: str, done: Future[None]) -> None:
         _log.error("firewall: rules of %s cannot be removed: %s", bridge, error)
 
 
-class _Announcements(socket.socket):
-    """The kernel tells which process changed nf_tables (linux/netfilter/nfnetlink.h)."""
-
-    _NETLINK_NETFILTER = 12
-    _GROUP = 1 << (7 - 1)  # NFNLGRP_NFTABLES
-    _NEW_GENERATION = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
-    _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-
-    def __init__(self) -> None:
-        super().__init__(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._NETLINK_NETFILTER)
-        self.bind((0, self._GROUP))
-
-    def of_others(self, pids: Collection[int]) -> bool:
-        """Read what has come; whether a process changed something that is none of these."""
-        found = False
-        while True:
-            try:
-                packet = self.recv(65536)
-            except BlockingIOError:
-                return found
-            except OSError:  # ENOBUFS: more came than there was room for
-                found = True
-                continue
-            place = 0
-            while place + self._HEADER.size <= len(packet):
-                length, kind, _, _, port = self._HEADER.unpack_from(packet, place)
-                found = found or (kind == self._NEW_GENERATION and port not in pids)
-                place += max(self._HEADER.size, length + 3 & ~3)
-
-
-_keeper = _Keeper()
+keeper = Keeper()
+"""The keeper of this process, which the functions above use."""
 atexit.register(close)

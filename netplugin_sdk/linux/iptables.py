@@ -45,7 +45,8 @@ _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
 _USERS = "DOCKER-USER"
 _OURS = "NETPLUGIN"
 _OUT = "NETPLUGIN_OUT"  # no bridge's: their chains begin with "NETPLUGIN-"
-_TRIES = 5
+_TRIES = 5  # of one change, while others change the rules
+_LOCK_WAIT = "10"  # seconds for which iptables waits for its lock
 _ISOLATION = ("DOCKER-BRIDGE", "DOCKER-ISOLATION-STAGE-2")
 """Chains in which Docker refuses what goes to its own bridges: engines ≥ 28, and before."""
 
@@ -196,7 +197,7 @@ def edit(bridge: str, old: Lines, new: Lines | None) -> dict[_Table, list[str]]:
     chain = f"{_OURS}-{bridge}"
     wanted = new or Lines()
     # First what fills the chain, then the jump to it; removed the other way round.
-    filter_ = [] if new is None else _rewrite(chain, old.into, wanted.into)
+    filter_ = [] if new is None else rewrite(chain, old.into, wanted.into)
     filter_ += [f"-D {_OURS} {rule}" for rule in (*old.first, *old.last) if rule not in wanted.first + wanted.last]
     filter_ += [f"-I {_OURS} 1 {rule}" for rule in reversed(wanted.first) if rule not in old.first]
     filter_ += [f"-A {_OURS} {rule}" for rule in wanted.last if rule not in old.last]
@@ -209,7 +210,7 @@ def edit(bridge: str, old: Lines, new: Lines | None) -> dict[_Table, list[str]]:
     return {"filter": filter_, "nat": nat}
 
 
-def _rewrite(chain: str, old: list[str], new: list[str]) -> list[str]:
+def rewrite(chain: str, old: list[str], new: list[str]) -> list[str]:
     """The lines that turn a chain that is all ours from `old` to `new`; nothing is touched that may stay.
 
     iptables over nftables waits 14 ms wherever it has removed a rule.
@@ -239,7 +240,7 @@ def hook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
         *([isolation] if isolation else []),
         f"{_mark(_OUT)} -j ACCEPT",
     ]
-    filter_ += _rewrite(_OUT, chains.get(("filter", _OUT), []), out)
+    filter_ += rewrite(_OUT, chains.get(("filter", _OUT), []), out)
     nat = [] if ("nat", _OURS) in chains else [f"-N {_OURS}"]
     for chain, jump in (("PREROUTING", _FROM_PREROUTING), ("OUTPUT", _FROM_OUTPUT[version])):
         if jump not in chains.get(("nat", chain), ()):
@@ -313,7 +314,7 @@ def text(*changes: Mapping[_Table, list[str]]) -> str:
 
 def set_policy(version: int) -> None:
     """Set the policy of FORWARD to DROP."""
-    _run(deque(), "iptables" if version == 4 else "ip6tables", "-w", "10", "-P", "FORWARD", "DROP")
+    _run(deque(), "iptables" if version == 4 else "ip6tables", "-w", _LOCK_WAIT, "-P", "FORWARD", "DROP")
 
 
 class Backend:
@@ -423,7 +424,7 @@ class _Family:
     def _restore(self, change: str) -> None:
         if change:
             # 10 s for Docker, or another holder of the lock of legacy iptables.
-            _run(self._pids, f"{self._command}-restore", "--noflush", "-w", "10", stdin=change)
+            _run(self._pids, f"{self._command}-restore", "--noflush", "-w", _LOCK_WAIT, stdin=change)
 
 
 def _run(pids: deque[int], *argv: str, stdin: str = "") -> str:

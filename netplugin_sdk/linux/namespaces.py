@@ -36,8 +36,8 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MS_BIND, _MNT_DETACH = 4096, 2  # sys/mount.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
-_ANNOUNCED = 0.0, 1.0, 1.0  # seconds between: as engines do, since one may be lost
-_CARRIER = 1.0  # seconds in which an interface that is set up has its carrier
+_ANNOUNCE_PAUSES = 0.0, 1.0, 1.0  # seconds before each announcement: three, as engines do, since one may be lost
+_CARRIER_TIMEOUT = 1.0  # seconds in which an interface that is set up has its carrier
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -164,14 +164,14 @@ class Namespace:
             try:
                 links.move(link, there.fileno(), name)
             except LinkError:
-                self.give_back(link, link)  # it can have been moved, and not renamed
+                self.move_out(link, link)  # it can have been moved, and not renamed
                 raise
         addresses, routes = tuple(addresses), tuple(routes)
         try:
             own = self.call(lambda: _configure(name, addresses, mac, routes))
         except BaseException:
             with suppress(DriverError):
-                self.give_back(name, link)
+                self.move_out(name, link)
             raise
         if len(own) == 6:  # else it is no Ethernet
             # Not waited for: the kernel takes 10 ms to close a packet socket (packet_release).
@@ -184,14 +184,14 @@ class Namespace:
             _wait_for_carrier(name)
             announce(name, owners)
 
-        for pause in _ANNOUNCED:
+        for pause in _ANNOUNCE_PAUSES:
             time.sleep(pause)  # outside: a process that is inside keeps the namespace
             try:
                 self.call(tell)
             except (OSError, DriverError):
                 return  # it is gone again
 
-    def give_back(self, name: str, link: str) -> bool:
+    def move_out(self, name: str, link: str) -> bool:
         """Move a link from inside to here, under its former name, without addresses. False if it is not there."""
 
         def leave() -> bool:
@@ -298,7 +298,7 @@ DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 def _wait_for_carrier(name: str) -> None:
     """What is sent earlier is lost. For a moment: it may never come."""
-    until = time.monotonic() + _CARRIER
+    until = time.monotonic() + _CARRIER_TIMEOUT
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         while time.monotonic() < until:
             found = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))

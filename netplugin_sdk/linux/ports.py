@@ -23,9 +23,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Protocol
@@ -37,9 +37,8 @@ _log = logging.getLogger("netplugin_sdk")
 
 _ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 _RELAY = str(Path(__file__).with_name("relay.py"))
-_BACKLOG = 4096
+_BACKLOG = 4096  # connections that wait to be accepted
 _TRIES = 32  # for a port that is free on all addresses, of those that the kernel proposes
-_RELAY_TIMEOUT = 5.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
 _BATCH = 250  # sockets in a message; the kernel takes 253 (linux/net/scm.h, SCM_MAX_FD)
 _KINDS = {
     TransportProtocol.TCP: socket.SOCK_STREAM,
@@ -89,6 +88,18 @@ class Request(Protocol):
     def host_port(self) -> int: ...  # noqa: D102
     @property
     def host_port_end(self) -> int: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Settings:
+    """Timings of the relay, as the plugin sees it."""
+
+    relay_timeout: float = 5.0
+    """Seconds for the relay to answer or to end; then it is killed. It takes below a millisecond, its start 30."""
+    restart_interval: float = 1.0
+    """Seconds from the start of a relay to that of the next one, at least."""
+    relay: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of `relay.Relay` by name, such as ``idle``, the seconds after which a UDP client is forgotten."""
 
 
 def publish(
@@ -196,9 +207,10 @@ class _Binding:
 
 
 class _Ports:
-    """Which endpoint has which port."""
+    """Which owner has which ports of the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._lock = threading.Lock()
         self._owners: dict[str, list[_Binding]] = {}
         self._taken: dict[tuple[TransportProtocol, int, int], set[_Binding]] = {}
@@ -307,7 +319,7 @@ class _Ports:
             self._start_relay()
 
     def _start_relay(self) -> None:
-        self._relay = _Relay(self._relay_ended)
+        self._relay = _Relay(self._relay_ended, self._settings)
         self._relay.add([binding for there in self._taken.values() for binding in there])
 
     def _relay_ended(self, relay: _Relay, status: int) -> None:
@@ -325,14 +337,16 @@ class _Ports:
 class _Relay:
     """The other process, as long as it lives."""
 
-    def __init__(self, ended: Callable[[_Relay, int], None]) -> None:
+    def __init__(self, ended: Callable[[_Relay, int], None], settings: Settings) -> None:
+        self._timeout, self._restart_interval = settings.relay_timeout, settings.restart_interval
+        arguments = [f"{name}={value}" for name, value in settings.relay.items()]
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_RELAY_TIMEOUT)
+        self._socket.settimeout(self._timeout)
         self._closed, self._gone = threading.Event(), threading.Event()
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _RELAY, str(theirs.fileno())],
+                    [sys.executable, "-I", "-S", _RELAY, str(theirs.fileno()), *arguments],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -344,10 +358,10 @@ class _Relay:
         self._watcher.start()
 
     def _watch(self, ended: Callable[[_Relay, int], None]) -> None:
-        once_a_second = time.monotonic() + 1
+        next_start = time.monotonic() + self._restart_interval
         status = self._process.wait()
         self._gone.set()
-        if not self._closed.wait(max(0.0, once_a_second - time.monotonic())):
+        if not self._closed.wait(max(0.0, next_start - time.monotonic())):
             ended(self, status)
             self._socket.close()  # nobody else has it now
 
@@ -384,7 +398,7 @@ class _Relay:
 
     def _end(self) -> None:
         self._socket.close()  # tells it to exit
-        if not self._gone.wait(_RELAY_TIMEOUT):
+        if not self._gone.wait(self._timeout):
             self._process.kill()
             self._gone.wait()
 
@@ -437,5 +451,8 @@ def _join(address: IPAddress, port: int) -> str:
     return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
 
 
-_ports = _Ports()
+settings = Settings()
+"""Those of this process, for the relays that are started from now on."""
+
+_ports = _Ports(settings)
 atexit.register(close)

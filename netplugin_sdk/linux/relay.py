@@ -1,4 +1,6 @@
-"""The relay of published ports: a program by itself, which `ports` runs as ``python -I -S relay.py FD``.
+"""The relay of published ports: a program of its own, which `ports` runs.
+
+    python -I -S relay.py FD [NAME=NUMBER …]
 
 It takes what the kernel's DNAT does not carry: clients on 127.0.0.1 and ::1, those that come by IPv6 to a container
 that has IPv4 only, a container that calls itself through the host's address, and all of them when the rules are gone.
@@ -6,7 +8,7 @@ that has IPv4 only, a container that calls itself through the host's address, an
 FD is a SOCK_SEQPACKET socket to the plugin. A message with descriptors adds published sockets, one line
 ``KEY ADDRESS PORT`` for each: what arrives there goes to that address. A message without takes ports away, one line
 ``KEY`` for each; it is answered when they are closed and their connections cut. At the end of file the relay exits,
-so it never outlives its plugin, however that ended.
+so it never outlives its plugin, however that ended. NAME is a parameter of `Relay`, such as ``idle=30``.
 
 One thread and one epoll. Only the standard library, and little of it: no asyncio, no typing (10 MB instead of 20).
 """
@@ -24,11 +26,6 @@ import time
 from collections.abc import Callable
 
 _LIMIT = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)  # of descriptors
-_MAX_CONNECTIONS = _LIMIT // 4  # two descriptors each; what these leave is for the published sockets
-_MAX_CLIENTS = _LIMIT // 16
-_IDLE = 90  # seconds after which a UDP client is forgotten, as docker-proxy does
-_SWEEP = 10  # seconds between the looks for such
-_PAUSE = 0.1  # seconds without accepting, when there is no room
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _MAX_FDS = 253  # linux/net/scm.h, SCM_MAX_FD
 _IP_PKTINFO = 8  # linux/in.h; struct in_pktinfo: index, our address, the packet's destination
@@ -37,9 +34,29 @@ _BUFFER = memoryview(bytearray(1 << 16))
 
 
 class Relay:
-    """The loop, and everything that is open."""
+    """The loop, and everything that is open.
 
-    def __init__(self, control: socket.socket) -> None:
+    Parameters:
+        control: the socket to the plugin.
+        idle: seconds after which a UDP client is forgotten, as docker-proxy does.
+        sweep: seconds between looks for idle UDP clients.
+        pause: seconds without accepting, when there is no room.
+        connections: how many there may be. Two descriptors each; the others are for the published sockets.
+        clients: how many UDP clients there may be, with a descriptor each.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        *,
+        idle: float = 90.0,
+        sweep: float = 10.0,
+        pause: float = 0.1,
+        connections: float = _LIMIT // 4,
+        clients: float = _LIMIT // 16,
+    ) -> None:
+        self.max_connections, self.max_clients = connections, clients
+        self._idle, self._sweep, self._pause = idle, sweep, pause
         self.published: dict[str, Listener | Datagrams] = {}
         self.connections: set[Stream] = set()
         """The clients' sides."""
@@ -50,30 +67,30 @@ class Relay:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._paused: set[Listener] = set()
         self._resume = 0.0
-        self.watch(control, self._obey)
+        self.watch(control, self._read_command)
 
     def run(self) -> None:
         """Until the plugin ends."""
         while True:
-            for fd, events in self._epoll.poll(_PAUSE if self._paused else _SWEEP if self.clients else None):
+            for fd, events in self._epoll.poll(self._pause if self._paused else self._sweep if self.clients else None):
                 # None: an event before it has closed this one. The other way round a new socket may get the event of
                 # a closed one; as nothing here blocks, that does no harm.
                 if (handler := self._handlers.get(fd)) is not None:
                     handler(events)
             now = time.monotonic()
-            while self.clients and now - (oldest := next(iter(self.clients.values()))).used > _IDLE:
+            while self.clients and now - (oldest := next(iter(self.clients.values()))).used > self._idle:
                 oldest.close()
             if self._paused and now > self._resume:
                 for listener in self._paused:
-                    self.expect(listener.socket, select.EPOLLIN)
+                    self.set_events(listener.socket, select.EPOLLIN)
                 self._paused.clear()
 
     def watch(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
-        """Call it, with the events, when there is something to read; `expect` changes that."""
+        """Call it, with the events, when there is something to read; `set_events` changes that."""
         self._handlers[sock.fileno()] = handler
         self._epoll.register(sock, select.EPOLLIN)
 
-    def expect(self, sock: socket.socket, events: int) -> None:
+    def set_events(self, sock: socket.socket, events: int) -> None:
         """Which events the socket's handler is called with."""
         self._epoll.modify(sock, events)
 
@@ -86,11 +103,11 @@ class Relay:
 
     def pause(self, listener: Listener) -> None:
         """Its clients wait in the kernel's queue until others have gone."""
-        self.expect(listener.socket, 0)
+        self.set_events(listener.socket, 0)
         self._paused.add(listener)
-        self._resume = time.monotonic() + _PAUSE
+        self._resume = time.monotonic() + self._pause
 
-    def _obey(self, _: int) -> None:
+    def _read_command(self, _: int) -> None:
         message, fds, flags, _ = socket.recv_fds(self._control, 1 << 16, _MAX_FDS)
         if not message:
             sys.exit()
@@ -125,7 +142,7 @@ class Listener:
         relay.watch(sock, self._accept)
 
     def _accept(self, _: int) -> None:
-        if len(self.relay.connections) >= _MAX_CONNECTIONS:
+        if len(self.relay.connections) >= self.relay.max_connections:
             return self.relay.pause(self)
         server = None
         try:
@@ -172,7 +189,7 @@ class Stream:
         if events != self._events:
             self._events = events
             # Errors and hang-ups are always told; by the edge, or they would be again and again while nothing is done.
-            self.relay.expect(self.socket, events or select.EPOLLET)
+            self.relay.set_events(self.socket, events or select.EPOLLET)
 
     def _ready(self, events: int) -> None:
         try:
@@ -239,7 +256,7 @@ class Datagrams:
             key = (self, address, source)
             client = clients.pop(key, None)
             if client is None:
-                if len(clients) >= _MAX_CLIENTS:
+                if len(clients) >= self.relay.max_clients:
                     next(iter(clients.values())).close()
                 client = Client(self, key, address, (level, kind, source))
             clients[key] = client
@@ -290,12 +307,13 @@ def _family(target: tuple[str, int]) -> socket.AddressFamily:
 
 
 def main() -> None:
-    """Serve the plugin at the other end of the descriptor that is the program's argument."""
+    """Serve the plugin at the other end of the descriptor that is the program's first argument."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the plugin, which drains, then ends us
         signal.signal(number, signal.SIG_IGN)
+    settings = {name: float(value) for name, _, value in (text.partition("=") for text in sys.argv[2:])}
     socket.setdefaulttimeout(0)  # no socket blocks
     try:
-        Relay(socket.socket(fileno=int(sys.argv[1]))).run()
+        Relay(socket.socket(fileno=int(sys.argv[1])), **settings).run()
     except (BrokenPipeError, ConnectionResetError):  # of the control socket: the plugin did not wait for an answer
         sys.exit()
 

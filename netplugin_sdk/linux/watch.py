@@ -45,6 +45,7 @@ class Watch:
 
     def __init__(self, look: Callable[[str, Made], str | None], *, quiet: float = 0.2) -> None:
         self.quiet = quiet
+        """Seconds from a change to a look."""
         self._look = look
         self._lock = threading.Lock()
         self._made: dict[str, Made] = {}
@@ -85,12 +86,12 @@ class Watch:
         closing.register(waker, select.POLLIN)
         with listener:
             while changes.poll() and not closing.poll(self.quiet * 1000):
-                for name in self._suspects(listener):
+                for name in self.suspects(listener):
                     self._verify(name)
         os.close(waker)
 
-    def _suspects(self, listener: socket.socket) -> set[str]:
-        """What the changes may have taken something from."""
+    def suspects(self, listener: socket.socket) -> set[str]:
+        """Read all changes; the names of the interfaces that may have lost something by them."""
         names = {made.index: (name, made) for name, made in tuple(self._made.items())}
         suspects: set[str] = set()
         while True:

@@ -56,13 +56,13 @@ def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, what has changed is not looked at."""
-    go_on, look = threading.Event(), watch.Watch._suspects
+    go_on, look = threading.Event(), watch.Watch.suspects
 
     def wait_and_look(self: watch.Watch, listener: socket.socket) -> set[str]:
         go_on.wait()
         return look(self, listener)
 
-    monkeypatch.setattr(watch.Watch, "_suspects", wait_and_look)
+    monkeypatch.setattr(watch.Watch, "suspects", wait_and_look)
     yield go_on
     go_on.set()
 
