@@ -1,13 +1,13 @@
 """The packet filter and the address translation of bridges, beside Docker's own.
 
-A `Policy` says what may go in and out of one bridge, or of a group of interfaces; `ensure` makes it so, `delete` takes
-it back:
+A `Policy` states the traffic that one bridge, or a group of interfaces, may have; `ensure` puts it in force, `delete`
+removes it:
 
     firewall.ensure(Policy(bridge="br-1", subnets=network.subnets, internal=network.internal))
 
-Policies are kept in force: when somebody flushes the firewall, firewalld reloads or the engine starts again, what is
-missing is put back. The rules themselves are in `netplugin_sdk.linux.rules`; they are written down with iptables or
-with nftables, whichever Docker uses on this host.
+Policies are kept in force: when somebody flushes the firewall, firewalld reloads or the engine restarts, missing rules
+are put back. The rules themselves are in `netplugin_sdk.linux.rules`; they are written with iptables or with nftables,
+whichever Docker uses on this host.
 """
 
 from __future__ import annotations
@@ -35,14 +35,10 @@ from netplugin_sdk.linux.programs import run
 from netplugin_sdk.linux.rules import GROUP, FirewallError, Mode, Policy, check, rules
 
 __all__ = [
-    "BACKENDS",
     "GROUP",
-    "Announcements",
-    "Backend",
     "BackendName",
     "FirewallError",
     "Keeper",
-    "KernelAnnouncements",
     "Mode",
     "Policy",
     "bridges",
@@ -73,9 +69,9 @@ _CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
 def ensure(policy: Policy) -> None:
     """Put a policy in force; another one for the same bridge is replaced, in one transaction for each IP version.
 
-    What it adds is in force when this returns, but for what somebody else removed in the last 0.2 seconds. If it only
-    takes something away, that follows at once in the background (some 20 ms: the kernel waits for its readers), and
-    failures are logged.
+    New rules are in force when this returns, except rules that another program removed in the last `Keeper.quiet`
+    seconds. If the policy only removes rules, that is done at once in the background (some 20 ms: the kernel waits for
+    its readers), and failures are logged.
 
     Raises `FirewallError` if the kernel or the program refuses, `Unavailable` if the program is not installed.
     """
@@ -83,10 +79,10 @@ def ensure(policy: Policy) -> None:
 
 
 def delete(bridge: str) -> None:
-    """Remove all that `ensure` made for a bridge of this name; nothing there is no error. Returns when it is gone.
+    """Remove all rules that `ensure` made for a bridge of this name, if there are any. Returns when they are gone.
 
-    With the last bridge go the chains shared by all. Raises as `ensure` does, and `InvalidRequest` if the name cannot
-    be written into a rule.
+    The chains shared by all bridges go with the last one. Raises as `ensure` does, and `InvalidRequest` if the name
+    cannot be written into a rule.
     """
     check(bridge)
     keeper.submit(bridge, None)
@@ -95,32 +91,32 @@ def delete(bridge: str) -> None:
 def ensure_forwarding(version: int) -> None:
     """Have this host forward packets of one IP version.
 
-    Where it did not, it then forwards nothing that no rule accepts: the policy of FORWARD becomes DROP, as with Docker.
+    If it did not before, the policy of FORWARD becomes DROP, as with Docker: packets that no rule accepts are dropped.
     Otherwise the host would be a router for everybody.
 
-    Raises `FirewallError` if it is refused, or if Docker uses nftables here: then it leaves forwarding to the
+    Raises `FirewallError` if it is refused, or if Docker uses nftables here: then forwarding is left to the
     administrator; `SysctlError` if the kernel refuses, `Unavailable` if iptables is not installed.
     """
     for name in _FORWARDING[version]:
         if sysctls.read(name) != "1":
             _forward_nothing_else(version)
             sysctls.ensure(name, 1)
-            _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", name)
+            _log.warning("%s was 0 and is 1 now; packets that no rule accepts are not forwarded", name)
 
 
 def _forward_nothing_else(version: int) -> None:
     if (keeper.chosen or detect()) == "nftables":
-        raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
+        raise FirewallError("firewall: with nftables the administrator must turn forwarding on and restrict it")
     iptables.set_policy(version)
 
 
 def detect() -> BackendName:
-    """What Docker writes its rules with on this host."""
+    """The back end that Docker uses on this host."""
     return "nftables" if nftables.used_by_docker() else "iptables"
 
 
 def bridges() -> dict[str, str]:
-    """The bridges that have rules of this SDK here, whichever process made them, each with its `Policy.network`.
+    """All bridges with rules of this SDK on this host, from any process, each with its `Policy.network`.
 
     Raises `Unavailable` if a program does not end.
     """
@@ -136,41 +132,41 @@ def bridges() -> dict[str, str]:
 
 
 def settle() -> None:
-    """Wait until what was asked for before is in force."""
+    """Wait until all earlier requests are in force."""
     keeper.settle()
 
 
 def use(backend: BackendName | None) -> None:
-    """Write rules down with this one, not with what Docker uses here. Call it before anything else."""
+    """Write rules with this back end, not with the one that Docker uses here. Call it before anything else."""
     close()
     keeper.chosen = backend
 
 
 def close() -> None:
-    """Finish what was asked for and stop watching; rules stay. The next use starts again, and knows of no policy.
+    """Finish all requests and stop watching; rules stay. The next use starts again, without any policy.
 
-    Done by itself when the interpreter exits. The watch stays in the network namespace of the thread whose call
+    Called automatically when the interpreter exits. The watch stays in the network namespace of the thread whose call
     started it: a process that changes its namespace closes first.
     """
     keeper.close()
 
 
 class Backend(Protocol):
-    """What writes rules down."""
+    """Writes rules into the kernel."""
 
     @property
     def pids(self) -> Collection[int]:
-        """Processes that made its latest changes."""
+        """Ids of the processes that made its latest changes."""
 
     @property
     def announced(self) -> bool:
-        """Whether the kernel tells of changes."""
+        """Whether the kernel announces changes."""
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
-        """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
+        """Put these policies in force; None removes the rules of a bridge. Returns whether anything was changed."""
 
     def forget(self) -> None:
-        """Look before the next change: somebody else may have changed something of ours."""
+        """Read the rules again before the next change: another program may have changed ours."""
 
 
 class Announcements(Protocol):
@@ -186,7 +182,7 @@ class Announcements(Protocol):
 
 
 class KernelAnnouncements(socket.socket):
-    """The kernel tells which process changed nf_tables (linux/netfilter/nfnetlink.h)."""
+    """The kernel's, of changes to nf_tables, with the process that made each (linux/netfilter/nfnetlink.h)."""
 
     _NETLINK_NETFILTER = 12
     _GROUP = 1 << (7 - 1)  # NFNLGRP_NFTABLES
@@ -198,7 +194,7 @@ class KernelAnnouncements(socket.socket):
         self.bind((0, self._GROUP))
 
     def of_others(self, pids: Collection[int]) -> bool:
-        """Read what has come; whether a process changed something that is none of these."""
+        """Read all announcements. Whether a process changed something that is none of these."""
         found = False
         while True:
             try:
@@ -220,7 +216,7 @@ BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {"iptables": iptables.Ba
 
 
 class Keeper:
-    """One thread that applies policies, several at a time where many are asked for at once, and keeps them in force."""
+    """One thread that applies policies and keeps them in force. Requests that come together are applied together."""
 
     def __init__(
         self,
@@ -317,11 +313,11 @@ class Keeper:
             thread.join()
 
     def _run(self, wake: int) -> None:
-        reason: Exception = FirewallError("firewall: it was closed meanwhile")
+        reason: Exception = FirewallError("firewall: closed before the request was done")
         try:
             self._watch(wake)
         except Exception as error:
-            _log.exception("firewall: the next change will start again")
+            _log.exception("firewall: the watch has failed; the next request starts it again")
             reason = FirewallError(f"firewall: {error}")
             reason.__cause__ = error
         finally:
@@ -329,7 +325,7 @@ class Keeper:
                 os.close(wake)
                 left, self._asked = self._asked, {}
                 self._in_force.clear()
-                if self._closing:  # else the next thread is to know them
+                if self._closing:  # else the next thread needs them
                     self._policies.clear()
                 self._thread, self._closing = None, False
                 self._changed.notify_all()
@@ -351,8 +347,8 @@ class Keeper:
                     os.eventfd_read(wake)
                 others = announcements.of_others(backend.pids if backend else ())
                 if others and backend is not None:
-                    # No look before the next change: it takes longer the more there is, and hardly anybody's change
-                    # is to ours. One that does not fit what is there fails, and is made after a look.
+                    # The next change does not read the rules first: reading takes longer the more rules there are,
+                    # and few changes are to ours. A change that does not fit fails, and is made after reading.
                     look_at = min(look_at, self.clock() + self.quiet)
                 with self._changed:
                     asked, self._asked = self._asked, {}
@@ -391,20 +387,20 @@ class Keeper:
 
 
 def _only_removes(before: Policy, after: Policy) -> bool:
-    """Whether all rules of the one are among those of the other."""
+    """Whether all rules of `after` are among those of `before`."""
     return (before.versions, before.network) == (after.versions, after.network) and all(
         set(rules(after, version)) <= set(rules(before, version)) for version in after.versions
     )
 
 
 def _apply(backend: Backend, changes: Mapping[str, Policy | None]) -> tuple[bool, dict[str, Exception]]:
-    """Apply them together; if that fails, one by one. Whether anything was changed; and which failed, and why."""
+    """Apply them together; if that fails, one by one. Whether anything was changed, and the errors by bridge."""
     if not changes:
         return False, {}
     try:
         return backend.apply(changes), {}
     except Exception as error:
-        if len(changes) == 1 or isinstance(error, Unavailable):  # which it is for all of them
+        if len(changes) == 1 or isinstance(error, Unavailable):  # then it is so for all of them
             return False, dict.fromkeys(changes, error)
     parts = [_apply(backend, {bridge: policy}) for bridge, policy in changes.items()]
     return any(changed for changed, _ in parts), {bridge: error for _, each in parts for bridge, error in each.items()}

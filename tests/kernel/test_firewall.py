@@ -197,7 +197,7 @@ def test_who_forwards_only_now_forwards_nothing_else(version: int, caplog: pytes
 def test_where_docker_uses_nftables_forwarding_is_the_administrators(backend: str) -> None:
     firewall.ensure_forwarding(4)
     (SYSCTLS / "ipv4/ip_forward").write_text("0")
-    with pytest.raises(FirewallError, match="with nftables the administrator is to turn forwarding on"):
+    with pytest.raises(FirewallError, match="with nftables the administrator must turn forwarding on"):
         firewall.ensure_forwarding(4)
     assert (SYSCTLS / "ipv4/ip_forward").read_text() == "0\n"
 

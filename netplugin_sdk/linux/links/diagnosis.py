@@ -9,7 +9,7 @@ from netplugin_sdk.linux.watch import Made, Watch
 
 @operation
 def diagnose(name: str, made: Made) -> str | None:
-    """What is wrong with an interface that was made here, if anything is."""
+    """How an interface differs from its state as made here, in words such as ``is down``; None if it does not."""
     present = addresses_of(name, made.index) if made.addresses else ()
     message = message_of(name)
     if message is None or message["index"] != made.index:
