@@ -1,4 +1,4 @@
-"""What vanished from the kernel though the SDK did not remove it: published by a watch, repaired by its subscribers."""
+"""Losses: interfaces and addresses that vanished though the SDK did not remove them. A watch publishes them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _subscribers: list[Callable[[str], None]] = []
 
 
 def subscribe(subscriber: Callable[[str], None]) -> None:
-    """Have `subscriber` called with each loss, in words, in a thread that must not wait."""
+    """Have `subscriber` called with the text of each loss, in a thread that must not wait."""
     _subscribers.append(subscriber)
 
 
 def unsubscribe(subscriber: Callable[[str], None]) -> None:
-    """Take it back. Raises ValueError if it is no subscriber."""
+    """Undo `subscribe`. Raises ValueError if it is not a subscriber."""
     _subscribers.remove(subscriber)
 
 

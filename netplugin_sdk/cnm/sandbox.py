@@ -199,7 +199,7 @@ class Sandbox(Record):
         self.namespace.change_routes(endpoint.static_routes(), ())
         if endpoint.interface is not None:
             try:
-                self.namespace.give_back(endpoint.interface, endpoint.source)
+                self.namespace.move_out(endpoint.interface, endpoint.source)
             except DriverError as error:
                 _log.debug("%s", error)  # a driver may delete its link when it leaves
             endpoint.interface = None

@@ -1,6 +1,7 @@
-"""What drivers ask of the kernel: interfaces, the firewall, published ports, sysctls.
+"""The kernel, for drivers: interfaces, the firewall, published ports, sysctls.
 
-Everything here makes it so if it is not so, and can be run again. It knows nothing of plugins.
+Every function here brings the kernel to a state, whatever it was before, and can be run again. Nothing here knows of
+plugins.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def together(*steps: Callable[[], object]) -> list[object]:
-    """Run steps side by side and return their results: the kernel makes each of them wait, not work.
+    """Run steps in parallel and return their results: most of their time they wait for the kernel.
 
-    All of them are run; then the first error is raised.
+    All steps run; then the first error is raised.
     """
     first, *others = steps
     with ThreadPoolExecutor(max(1, len(others))) as pool:

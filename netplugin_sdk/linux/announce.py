@@ -1,8 +1,8 @@
-"""What a host says unasked of an address that is new on a link.
+"""Announcements of addresses that are new on a link.
 
-A receiver corrects what it remembered: a neighbour the MAC address that goes with the address, a bridge the port and
-a VXLAN the host that the MAC address is behind. An engine before 28 says nothing when a container starts, and later
-ones say it before the container's link is a port of anything that has learned.
+Receivers update their tables: a neighbour learns the MAC address of the IP address, a bridge the port and a VXLAN the
+host behind which that MAC address is. Engines before 28 announce nothing when a container starts; later ones announce
+before the container's link is a port of its bridge.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _OVERRIDE = 1 << 29  # RFC 4861, 4.4
 
 
 def announce(interface: str, owners: Mapping[IPAddress, MacAddress]) -> None:
-    """Say by an interface of the caller's network namespace which MAC address each of the addresses is at.
+    """Announce, on an interface of the caller's network namespace, the MAC address of each of these addresses.
 
     For IPv4 that is an ARP announcement (RFC 5227, 2.3), for IPv6 an unsolicited neighbour advertisement (RFC 4861,
-    7.2.6); either is a broadcast from that MAC address. Nobody acknowledges it. It takes 10 ms, which is how long the
+    7.2.6); either is a broadcast from that MAC address. Nobody acknowledges it. It takes 10 ms, the time that the
     kernel needs to close a packet socket (net/packet/af_packet.c, packet_release).
 
     Raises `NotFound` if there is no such interface, `LinkError` if it cannot send.
     """
     try:
-        # Protocol 0: it hears nothing.
+        # Protocol 0: the socket receives nothing.
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as sender:
             for address, mac in owners.items():
                 sender.sendto(frame(mac, address), (interface, 0))
@@ -49,10 +49,12 @@ def announce(interface: str, owners: Mapping[IPAddress, MacAddress]) -> None:
 def announce_to(
     peer: IPAddress, owners: Mapping[IPAddress, MacAddress], *, vni: int, local: IPAddress, port: int = 4789
 ) -> None:
-    """Say the same to one host only, in a VXLAN (RFC 7348) of this identifier: a datagram for each address.
+    """Announce the same to one host only, in a VXLAN (RFC 7348) of this identifier: one datagram per address.
 
-    `local` is the address of this host that the VXLAN sends from, `port` its UDP port. Who is there learns where the
-    MAC addresses are as from `announce`; all others are not bothered. Raises `LinkError` if it cannot send.
+    `local` is the address of this host that the VXLAN sends from, `port` its UDP port. The receivers there learn the
+    same as from `announce`; no other host gets anything.
+
+    Raises `LinkError` if it cannot send.
     """
     header = struct.pack("!BxxxI", 0x08, vni << 8)
     family = socket.AF_INET if peer.version == 4 else socket.AF_INET6

@@ -1,4 +1,4 @@
-"""Connections that the kernel keeps in mind (nf_conntrack)."""
+"""The kernel's table of connections (nf_conntrack)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ConntrackError(DriverError):
 
 
 def forget_published(address: IPAddress) -> int:
-    """Forget the UDP flows that a published port led to this container; returns how many.
+    """Delete the entries of UDP flows from published ports to this container. Returns how many there were.
 
-    A flow that goes on keeps its entry, and its translation, for as long as it goes on: without this a client that
-    does not pause would send to a container that is gone, after another one has got the port.
+    An entry, with its translation, lasts as long as the flow: without this, a client that does not pause would still
+    send to a deleted container after another one has got the port.
 
     Raises `ConntrackError` if the kernel refuses.
     """

@@ -1,13 +1,13 @@
 """The packet filter and the address translation of bridges, beside Docker's own.
 
-A `Policy` says what may go in and out of one bridge, or of a group of interfaces; `ensure` makes it so, `delete` takes
-it back:
+A `Policy` states the traffic that one bridge, or a group of interfaces, may have; `ensure` puts it in force, `delete`
+removes it:
 
     firewall.ensure(Policy(bridge="br-1", subnets=network.subnets, internal=network.internal))
 
-Policies are kept in force: when somebody flushes the firewall, firewalld reloads or the engine starts again, what is
-missing is put back. The rules themselves are in `netplugin_sdk.linux.rules`; they are written down with iptables or
-with nftables, whichever Docker uses on this host.
+Policies are kept in force: when somebody flushes the firewall, firewalld reloads or the engine restarts, missing rules
+are put back. The rules themselves are in `netplugin_sdk.linux.rules`; they are written with iptables or with nftables,
+whichever Docker uses on this host.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import iptables, nftables, sysctls
@@ -38,6 +38,7 @@ __all__ = [
     "GROUP",
     "BackendName",
     "FirewallError",
+    "Keeper",
     "Mode",
     "Policy",
     "bridges",
@@ -46,6 +47,7 @@ __all__ = [
     "detect",
     "ensure",
     "ensure_forwarding",
+    "keeper",
     "settle",
     "use",
 ]
@@ -67,54 +69,54 @@ _CHAIN = re.compile(r"^:(\S+) ", re.MULTILINE)
 def ensure(policy: Policy) -> None:
     """Put a policy in force; another one for the same bridge is replaced, in one transaction for each IP version.
 
-    What it adds is in force when this returns, but for what somebody else removed in the last 0.2 seconds. If it only
-    takes something away, that follows at once in the background (some 20 ms: the kernel waits for its readers), and
-    failures are logged.
+    New rules are in force when this returns, except rules that another program removed in the last `Keeper.quiet`
+    seconds. If the policy only removes rules, that is done at once in the background (some 20 ms: the kernel waits for
+    its readers), and failures are logged.
 
     Raises `FirewallError` if the kernel or the program refuses, `Unavailable` if the program is not installed.
     """
-    _keeper.submit(policy.bridge, policy)
+    keeper.submit(policy.bridge, policy)
 
 
 def delete(bridge: str) -> None:
-    """Remove all that `ensure` made for a bridge of this name; nothing there is no error. Returns when it is gone.
+    """Remove all rules that `ensure` made for a bridge of this name, if there are any. Returns when they are gone.
 
-    With the last bridge go the chains shared by all. Raises as `ensure` does, and `InvalidRequest` if the name cannot
-    be written into a rule.
+    The chains shared by all bridges go with the last one. Raises as `ensure` does, and `InvalidRequest` if the name
+    cannot be written into a rule.
     """
     check(bridge)
-    _keeper.submit(bridge, None)
+    keeper.submit(bridge, None)
 
 
 def ensure_forwarding(version: int) -> None:
     """Have this host forward packets of one IP version.
 
-    Where it did not, it then forwards nothing that no rule accepts: the policy of FORWARD becomes DROP, as with Docker.
+    If it did not before, the policy of FORWARD becomes DROP, as with Docker: packets that no rule accepts are dropped.
     Otherwise the host would be a router for everybody.
 
-    Raises `FirewallError` if it is refused, or if Docker uses nftables here: then it leaves forwarding to the
+    Raises `FirewallError` if it is refused, or if Docker uses nftables here: then forwarding is left to the
     administrator; `SysctlError` if the kernel refuses, `Unavailable` if iptables is not installed.
     """
     for name in _FORWARDING[version]:
         if sysctls.read(name) != "1":
             _forward_nothing_else(version)
             sysctls.ensure(name, 1)
-            _log.warning("%s was 0 and is 1 now, and what no rule accepts is not forwarded", name)
+            _log.warning("%s was 0 and is 1 now; packets that no rule accepts are not forwarded", name)
 
 
 def _forward_nothing_else(version: int) -> None:
-    if (_keeper.chosen or detect()) == "nftables":
-        raise FirewallError("firewall: with nftables the administrator is to turn forwarding on, and to limit it")
+    if (keeper.chosen or detect()) == "nftables":
+        raise FirewallError("firewall: with nftables the administrator must turn forwarding on and restrict it")
     iptables.set_policy(version)
 
 
 def detect() -> BackendName:
-    """What Docker writes its rules with on this host."""
+    """The back end that Docker uses on this host."""
     return "nftables" if nftables.used_by_docker() else "iptables"
 
 
 def bridges() -> dict[str, str]:
-    """The bridges that have rules of this SDK here, whichever process made them, each with its `Policy.network`.
+    """All bridges with rules of this SDK on this host, from any process, each with its `Policy.network`.
 
     Raises `Unavailable` if a program does not end.
     """
@@ -130,52 +132,115 @@ def bridges() -> dict[str, str]:
 
 
 def settle() -> None:
-    """Wait until what was asked for before is in force."""
-    _keeper.settle()
+    """Wait until all earlier requests are in force."""
+    keeper.settle()
 
 
 def use(backend: BackendName | None) -> None:
-    """Write rules down with this one, not with what Docker uses here. Call it before anything else."""
+    """Write rules with this back end, not with the one that Docker uses here. Call it before anything else."""
     close()
-    _keeper.chosen = backend
+    keeper.chosen = backend
 
 
 def close() -> None:
-    """Finish what was asked for and stop watching; rules stay. The next use starts again, and knows of no policy.
+    """Finish all requests and stop watching; rules stay. The next use starts again, without any policy.
 
-    Done by itself when the interpreter exits. The watch stays in the network namespace of the thread whose call
+    Called automatically when the interpreter exits. The watch stays in the network namespace of the thread whose call
     started it: a process that changes its namespace closes first.
     """
-    _keeper.close()
+    keeper.close()
 
 
 class Backend(Protocol):
-    """What writes rules down."""
+    """Writes rules into the kernel."""
 
     @property
     def pids(self) -> Collection[int]:
-        """Processes that made its latest changes."""
+        """Ids of the processes that made its latest changes."""
 
     @property
     def announced(self) -> bool:
-        """Whether the kernel tells of changes."""
+        """Whether the kernel announces changes."""
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
-        """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
+        """Put these policies in force; None removes the rules of a bridge. Returns whether anything was changed."""
 
     def forget(self) -> None:
-        """Look before the next change: somebody else may have changed something of ours."""
+        """Read the rules again before the next change: another program may have changed ours."""
 
 
-class _Keeper:
-    """One thread that applies policies, several at a time where many are asked for at once, and keeps them in force."""
+class Announcements(Protocol):
+    """Announcements of changes to the firewall."""
 
-    def __init__(self, *, quiet: float = 0.2, poll: float = 5.0) -> None:
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def fileno(self) -> int:
+        """The descriptor that is readable when something was announced."""
+
+    def of_others(self, pids: Collection[int]) -> bool:
+        """Read all announcements. Whether a process changed something that is none of these."""
+
+
+class KernelAnnouncements(socket.socket):
+    """The kernel's, of changes to nf_tables, with the process that made each (linux/netfilter/nfnetlink.h)."""
+
+    _NETLINK_NETFILTER = 12
+    _GROUP = 1 << (7 - 1)  # NFNLGRP_NFTABLES
+    NEW_GENERATION = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
+    HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._NETLINK_NETFILTER)
+        self.bind((0, self._GROUP))
+
+    def of_others(self, pids: Collection[int]) -> bool:
+        """Read all announcements. Whether a process changed something that is none of these."""
+        found = False
+        while True:
+            try:
+                packet = self.recv(65536)
+            except BlockingIOError:
+                return found
+            except OSError:  # ENOBUFS: more came than there was room for
+                found = True
+                continue
+            place = 0
+            while place + self.HEADER.size <= len(packet):
+                length, kind, _, _, port = self.HEADER.unpack_from(packet, place)
+                found = found or (kind == self.NEW_GENERATION and port not in pids)
+                place += max(self.HEADER.size, length + 3 & ~3)
+
+
+BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
+"""The back ends, by name."""
+
+
+class Keeper:
+    """One thread that applies policies and keeps them in force. Requests that come together are applied together."""
+
+    def __init__(
+        self,
+        *,
+        quiet: float = 0.2,
+        poll: float = 5.0,
+        backends: Mapping[BackendName, Callable[[], Backend]] = BACKENDS,
+        announcements: Callable[[], Announcements] = KernelAnnouncements,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.quiet = quiet
         """Seconds from another program's change to a comparison: changes come in bursts."""
         self.poll = poll
         """Seconds between comparisons where changes are not announced."""
+        self.backends = backends
+        """Makers of the back ends, by name."""
+        self.announcements = announcements
+        """Opens the source of announcements; called once for each start of the thread."""
+        self.clock = clock
+        """The time in seconds, from any start; never goes back."""
         self.chosen: BackendName | None = None
+        """The back end that `use` chose; None for the one that Docker uses here."""
+        self.comparisons = 0
+        """How many times the firewall was compared with the policies without a request."""
         self._changed = threading.Condition()
         self._policies: dict[str, Policy] = {}
         self._in_force: dict[str, Policy] = {}  # answered, and nothing asked since
@@ -184,7 +249,20 @@ class _Keeper:
         self._wake = -1
         self._closing = False
 
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies to be kept in force, by bridge, as they are now."""
+        with self._changed:
+            return dict(self._policies)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The bridges with a request that the thread has not begun."""
+        with self._changed:
+            return frozenset(self._asked)
+
     def submit(self, bridge: str, policy: Policy | None) -> None:
+        """Put a policy in force, as `ensure`; None removes it, as `delete`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closing)
             done = self._ask(bridge)
@@ -200,6 +278,7 @@ class _Keeper:
             done.add_done_callback(partial(_log_failure, bridge))
 
     def settle(self) -> None:
+        """Wait until all earlier requests are in force."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closing)
             done = self._ask("") if self._thread is not None else None
@@ -222,6 +301,7 @@ class _Keeper:
         return done
 
     def close(self) -> None:
+        """Finish the requests, end the thread and forget all policies."""
         with self._changed:
             if (thread := self._thread) is not None:
                 self._closing = True
@@ -233,11 +313,11 @@ class _Keeper:
             thread.join()
 
     def _run(self, wake: int) -> None:
-        reason: Exception = FirewallError("firewall: it was closed meanwhile")
+        reason: Exception = FirewallError("firewall: closed before the request was done")
         try:
             self._watch(wake)
         except Exception as error:
-            _log.exception("firewall: the next change will start again")
+            _log.exception("firewall: the watch has failed; the next request starts it again")
             reason = FirewallError(f"firewall: {error}")
             reason.__cause__ = error
         finally:
@@ -245,7 +325,7 @@ class _Keeper:
                 os.close(wake)
                 left, self._asked = self._asked, {}
                 self._in_force.clear()
-                if self._closing:  # else the next thread is to know them
+                if self._closing:  # else the next thread needs them
                     self._policies.clear()
                 self._thread, self._closing = None, False
                 self._changed.notify_all()
@@ -256,20 +336,20 @@ class _Keeper:
     def _watch(self, wake: int) -> None:
         backend: Backend | None = None
         look_at = math.inf
-        with _Announcements() as announcements:
+        with self.announcements() as announcements:
             poll = select.poll()
             poll.register(wake, select.POLLIN)
             poll.register(announcements, select.POLLIN)
             while True:
-                seconds = look_at - time.monotonic()
+                seconds = look_at - self.clock()
                 ready = dict(poll.poll(None if look_at == math.inf else max(0.0, seconds * 1000)))
                 if wake in ready:
                     os.eventfd_read(wake)
                 others = announcements.of_others(backend.pids if backend else ())
                 if others and backend is not None:
-                    # No look before the next change: it takes longer the more there is, and hardly anybody's change
-                    # is to ours. One that does not fit what is there fails, and is made after a look.
-                    look_at = min(look_at, time.monotonic() + self.quiet)
+                    # The next change does not read the rules first: reading takes longer the more rules there are,
+                    # and few changes are to ours. A change that does not fit fails, and is made after reading.
+                    look_at = min(look_at, self.clock() + self.quiet)
                 with self._changed:
                     asked, self._asked = self._asked, {}
                     policies = dict(self._policies)
@@ -278,18 +358,19 @@ class _Keeper:
                     backend = self._answer(backend, asked, policies)
                 if closing:
                     return
-                if backend is not None and time.monotonic() >= look_at:
+                if backend is not None and self.clock() >= look_at:
                     backend.forget()
                     _repair(backend, policies)
+                    self.comparisons += 1
                     look_at = math.inf
                 if look_at == math.inf and policies and backend is not None and not backend.announced:
-                    look_at = time.monotonic() + self.poll
+                    look_at = self.clock() + self.poll
 
     def _answer(
         self, backend: Backend | None, asked: dict[str, list[Future[None]]], policies: dict[str, Policy]
     ) -> Backend | None:
         try:
-            backend = backend or _BACKENDS[self.chosen or detect()]()
+            backend = backend or self.backends[self.chosen or detect()]()
             _, failed = _apply(backend, {bridge: policies.get(bridge) for bridge in asked if bridge})
         except Exception as error:
             failed = dict.fromkeys(asked, error)
@@ -305,24 +386,21 @@ class _Keeper:
         return backend
 
 
-_BACKENDS: dict[BackendName, Callable[[], Backend]] = {"iptables": iptables.Backend, "nftables": nftables.Backend}
-
-
 def _only_removes(before: Policy, after: Policy) -> bool:
-    """Whether all rules of the one are among those of the other."""
+    """Whether all rules of `after` are among those of `before`."""
     return (before.versions, before.network) == (after.versions, after.network) and all(
         set(rules(after, version)) <= set(rules(before, version)) for version in after.versions
     )
 
 
 def _apply(backend: Backend, changes: Mapping[str, Policy | None]) -> tuple[bool, dict[str, Exception]]:
-    """Apply them together; if that fails, one by one. Whether anything was changed; and which failed, and why."""
+    """Apply them together; if that fails, one by one. Whether anything was changed, and the errors by bridge."""
     if not changes:
         return False, {}
     try:
         return backend.apply(changes), {}
     except Exception as error:
-        if len(changes) == 1 or isinstance(error, Unavailable):  # which it is for all of them
+        if len(changes) == 1 or isinstance(error, Unavailable):  # then it is so for all of them
             return False, dict.fromkeys(changes, error)
     parts = [_apply(backend, {bridge: policy}) for bridge, policy in changes.items()]
     return any(changed for changed, _ in parts), {bridge: error for _, each in parts for bridge, error in each.items()}
@@ -341,35 +419,6 @@ def _log_failure(bridge: str, done: Future[None]) -> None:
         _log.error("firewall: rules of %s cannot be removed: %s", bridge, error)
 
 
-class _Announcements(socket.socket):
-    """The kernel tells which process changed nf_tables (linux/netfilter/nfnetlink.h)."""
-
-    _NETLINK_NETFILTER = 12
-    _GROUP = 1 << (7 - 1)  # NFNLGRP_NFTABLES
-    _NEW_GENERATION = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
-    _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-
-    def __init__(self) -> None:
-        super().__init__(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._NETLINK_NETFILTER)
-        self.bind((0, self._GROUP))
-
-    def of_others(self, pids: Collection[int]) -> bool:
-        """Read what has come; whether a process changed something that is none of these."""
-        found = False
-        while True:
-            try:
-                packet = self.recv(65536)
-            except BlockingIOError:
-                return found
-            except OSError:  # ENOBUFS: more came than there was room for
-                found = True
-                continue
-            place = 0
-            while place + self._HEADER.size <= len(packet):
-                length, kind, _, _, port = self._HEADER.unpack_from(packet, place)
-                found = found or (kind == self._NEW_GENERATION and port not in pids)
-                place += max(self._HEADER.size, length + 3 & ~3)
-
-
-_keeper = _Keeper()
+keeper = Keeper()
+"""The keeper of this process, which the functions above use."""
 atexit.register(close)

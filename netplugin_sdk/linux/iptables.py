@@ -1,8 +1,8 @@
-"""Rules written down with iptables and ip6tables.
+"""Rules written with iptables and ip6tables.
 
-Where they stand. Docker sets FORWARD's policy to DROP, so ACCEPTs are needed in that very table; and Docker's
-later chains accept whatever leaves Docker's own bridges, so our DROPs must come before them. The one place before
-them that Docker leaves alone is the chain DOCKER-USER, the first jump in FORWARD: when the engine starts it creates
+Their place. Docker sets FORWARD's policy to DROP, so ACCEPTs are needed in that very table; and Docker's later chains
+accept all packets that leave Docker's own bridges, so our DROPs must come before them. The one place before them that
+Docker does not change is the chain DOCKER-USER, the first jump in FORWARD: when the engine starts it creates
 the chain if there is none, keeps what is in it, and moves its jump to the top. So that chain is created here too if
 the plugin is first, and the order of the starts does not matter. In it a single jump leads to the chain NETPLUGIN:
 after the user's rules, which therefore win, and before the plain RETURN that Engine 20.10 puts at the end.
@@ -14,12 +14,12 @@ after the user's rules, which therefore win, and before the plain RETURN that En
     nat     PREROUTING, OUTPUT: to the host's addresses → NETPLUGIN: Place.DNAT of all
             POSTROUTING: Place.SNAT of all
 
-What may enter a bridge is asked before what may leave one: otherwise bridge 1's right to go out would let it into 2.
-And Docker's bridges are asked before it goes out, by the chain in which Docker isolates them from each other.
+Rules for entering a bridge come before rules for leaving one: otherwise bridge 1's right to go out would let it into 2.
+Packets that leave also pass the chain in which Docker isolates its own bridges from each other.
 
-Each rule has a comment that names its bridge, by which it is found again. A change is one iptables-restore for a
-family, preceded by one iptables-save where it is not known what is there; each table in it is taken as a whole or
-not at all. Lines are written as iptables-save prints them, so that they can be compared.
+Each rule is found again by its comment, which names its bridge. A change is one iptables-restore per family, after one
+iptables-save where the existing rules are not known; the kernel takes each table in it completely or not at all. Lines
+are written as iptables-save prints them, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _Chains: TypeAlias = "dict[tuple[_Table, str], list[str]]"
 _USERS = "DOCKER-USER"
 _OURS = "NETPLUGIN"
 _OUT = "NETPLUGIN_OUT"  # no bridge's: their chains begin with "NETPLUGIN-"
-_TRIES = 5
+_TRIES = 5  # of one change, while others change the rules
+_LOCK_WAIT = "10"  # seconds for which iptables waits for its lock
 _ISOLATION = ("DOCKER-BRIDGE", "DOCKER-ISOLATION-STAGE-2")
 """Chains in which Docker refuses what goes to its own bridges: engines ≥ 28, and before."""
 
@@ -57,7 +58,7 @@ def _mark(what: str) -> str:
 
 _LOCAL = "-m addrtype --dst-type LOCAL"
 _FROM_USERS = f"{_mark(_OURS)} -j {_OURS}"
-# Docker's own jump has no comment, so this one also tells which program made the jump to DOCKER-USER.
+# Docker's own jump has no comment, so this comment also shows that the jump to DOCKER-USER is ours.
 _FROM_FORWARD = f"{_mark(_USERS)} -j {_USERS}"
 _FROM_PREROUTING = f"{_LOCAL} {_mark(_OURS)} -j {_OURS}"
 _FROM_OUTPUT = {
@@ -71,15 +72,15 @@ _BRIDGE_OF = re.compile(r'--comment "netplugin_sdk:([^" ]+)[" ]')
 
 
 class Lines:
-    """The rules of one bridge, as they stand in the chains of one IP version."""
+    """The rules of one bridge in the chains of one IP version."""
 
     def __init__(self) -> None:
         self.into: list[str] = []
         """All of ``NETPLUGIN-BRIDGE``."""
         self.first: list[str] = []
-        """In ``NETPLUGIN``, before what leaves any bridge."""
+        """In ``NETPLUGIN``, before all rules for packets that leave a bridge."""
         self.last: list[str] = []
-        """In ``NETPLUGIN``, after what enters any bridge."""
+        """In ``NETPLUGIN``, after all rules for packets that enter a bridge."""
         self.dnat: list[str] = []
         """In ``NETPLUGIN`` of the table nat."""
         self.snat: list[str] = []
@@ -92,7 +93,7 @@ class Lines:
 
     @classmethod
     def of(cls, policy: Policy, version: int) -> Lines:
-        """What a policy asks for."""
+        """The rules of a policy."""
         lines, chain = cls(), f"{_OURS}-{policy.bridge}"
         way = _interfaces(Rule(place=Place.INTO, verdict=Verdict.ACCEPT, outgoing=policy.interfaces))
         lines.first.append(" ".join((*way, _mark(policy.comment()), f"-j {chain}")))
@@ -111,7 +112,7 @@ class Lines:
 
     @staticmethod
     def parse(chains: _Chains) -> dict[str, Lines]:
-        """What is there, by bridge; also those of other processes."""
+        """The existing rules, by bridge, including those of other processes."""
         found: dict[str, Lines] = {}
 
         def of(rule: str) -> Lines | None:
@@ -158,7 +159,7 @@ def _line(rule: Rule, mark: str, version: int) -> str:
 
 
 def _interfaces(rule: Rule, protocol: Sequence[str] = ()) -> list[str]:
-    """The matches of interfaces around that of the protocol: groups of them, which need a module, come behind it."""
+    """The matches of interfaces and protocol, in order: groups of interfaces need a module and come last."""
     names, groups = [], []
     for flag, option, of in (
         ("-i", "--src-group", rule.incoming),
@@ -192,11 +193,11 @@ def _target(rule: Rule) -> str:
 
 
 def edit(bridge: str, old: Lines, new: Lines | None) -> dict[_Table, list[str]]:
-    """The lines of iptables-restore that turn what one bridge has into what it is to have; None is nothing."""
+    """The lines of iptables-restore that turn the `old` rules of one bridge into the `new` ones; None is no rules."""
     chain = f"{_OURS}-{bridge}"
     wanted = new or Lines()
-    # First what fills the chain, then the jump to it; removed the other way round.
-    filter_ = [] if new is None else _rewrite(chain, old.into, wanted.into)
+    # First the content of the chain, then the jump to it; removal goes the other way round.
+    filter_ = [] if new is None else rewrite(chain, old.into, wanted.into)
     filter_ += [f"-D {_OURS} {rule}" for rule in (*old.first, *old.last) if rule not in wanted.first + wanted.last]
     filter_ += [f"-I {_OURS} 1 {rule}" for rule in reversed(wanted.first) if rule not in old.first]
     filter_ += [f"-A {_OURS} {rule}" for rule in wanted.last if rule not in old.last]
@@ -209,8 +210,8 @@ def edit(bridge: str, old: Lines, new: Lines | None) -> dict[_Table, list[str]]:
     return {"filter": filter_, "nat": nat}
 
 
-def _rewrite(chain: str, old: list[str], new: list[str]) -> list[str]:
-    """The lines that turn a chain that is all ours from `old` to `new`; nothing is touched that may stay.
+def rewrite(chain: str, old: list[str], new: list[str]) -> list[str]:
+    """The lines that turn one of our own chains from `old` to `new`, without touching rules that stay.
 
     iptables over nftables waits 14 ms wherever it has removed a rule.
     """
@@ -223,11 +224,11 @@ def _rewrite(chain: str, old: list[str], new: list[str]) -> list[str]:
 
 
 def hook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
-    """The lines that make what all bridges share, as far as it is not there.
+    """The lines that add the missing ones of the chains and jumps that all bridges share.
 
-    Also puts our jump behind rules that the user has added since.
+    They also move our jump behind rules that the user has added since.
     """
-    # -N, not ":NAME", which would empty a chain that Docker made meanwhile.
+    # -N, not ":NAME", which would empty a chain that Docker has made since.
     filter_ = [f"-N {name}" for name in (_USERS, _OURS) if ("filter", name) not in chains]
     if not {f"-j {_USERS}", _FROM_FORWARD} & set(chains.get(("filter", "FORWARD"), ())):
         filter_ += [f"-I FORWARD 1 {_FROM_FORWARD}"]
@@ -239,7 +240,7 @@ def hook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
         *([isolation] if isolation else []),
         f"{_mark(_OUT)} -j ACCEPT",
     ]
-    filter_ += _rewrite(_OUT, chains.get(("filter", _OUT), []), out)
+    filter_ += rewrite(_OUT, chains.get(("filter", _OUT), []), out)
     nat = [] if ("nat", _OURS) in chains else [f"-N {_OURS}"]
     for chain, jump in (("PREROUTING", _FROM_PREROUTING), ("OUTPUT", _FROM_OUTPUT[version])):
         if jump not in chains.get(("nat", chain), ()):
@@ -248,7 +249,7 @@ def hook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
 
 
 def _jump_after_users(users: list[str]) -> list[str]:
-    """Changes to DOCKER-USER after which our jump stands once, behind all rules that a packet can get to."""
+    """Changes to DOCKER-USER after which it has our jump once, behind all rules that a packet can reach."""
     others = [rule for rule in users if rule != _FROM_USERS]
     place = others.index("-j RETURN") if "-j RETURN" in others else len(others)
     if users == [*others[:place], _FROM_USERS, *others[place:]]:
@@ -258,9 +259,9 @@ def _jump_after_users(users: list[str]) -> list[str]:
 
 
 def unhook(chains: _Chains, version: int) -> dict[_Table, list[str]]:
-    """The lines that remove what all bridges shared, behind those that remove what the last one has.
+    """The lines that remove the shared chains and jumps, after the lines that remove the last bridge.
 
-    DOCKER-USER only if it was made here and nobody uses it.
+    They remove DOCKER-USER only if it was made here and nobody uses it.
     """
     users, forward = (chains.get(("filter", name), []) for name in (_USERS, "FORWARD"))
     filter_ = [f"-D {_USERS} {_FROM_USERS}"] * users.count(_FROM_USERS)
@@ -313,29 +314,29 @@ def text(*changes: Mapping[_Table, list[str]]) -> str:
 
 def set_policy(version: int) -> None:
     """Set the policy of FORWARD to DROP."""
-    _run(deque(), "iptables" if version == 4 else "ip6tables", "-w", "10", "-P", "FORWARD", "DROP")
+    _run(deque(), "iptables" if version == 4 else "ip6tables", "-w", _LOCK_WAIT, "-P", "FORWARD", "DROP")
 
 
 class Backend:
-    """What the firewall has of ours, in both address families. Used by one thread."""
+    """Our rules in the firewall, in both address families. Used by one thread."""
 
     def __init__(self) -> None:
         self.pids: deque[int] = deque(maxlen=64)
         said = _run(self.pids, "iptables", "--version")
-        self.announced = "nf_tables" in said  # the legacy one tells nobody
+        self.announced = "nf_tables" in said  # changes by the legacy one are not announced
         self._families = [_Family(version, self.pids) for version in (4, 6)]
 
     def forget(self) -> None:
-        """Look before the next change: somebody else may have changed something of ours."""
+        """Read the rules again before the next change: another program may have changed ours."""
         for family in self._families:
             family.known = None
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
-        """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
+        """Put these policies in force; None removes the rules of a bridge. Returns whether anything was changed."""
         if not self.announced:
             self.forget()
-        # No other process's change between the look and the change: rules belong to a network namespace, and its
-        # own file is one inode for all processes in it.
+        # A lock against other processes of this SDK, from reading to writing: rules belong to a network namespace,
+        # and its file is one inode for all processes in it.
         with Path("/proc/thread-self/ns/net").open("rb") as namespace:
             fcntl.flock(namespace, fcntl.LOCK_EX)
             return any(together(*(partial(family.apply, policies) for family in self._families)))
@@ -350,7 +351,7 @@ class _Family:
         self._pids = pids
         self._own: set[str] = set()  # bridges of this process
         self.known: dict[str, Lines] | None = None
-        """What each bridge has, of all processes; None where it is not known."""
+        """The rules of each bridge, of all processes; None if they are not known."""
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
         """As `Backend.apply`."""
@@ -370,9 +371,9 @@ class _Family:
             raise
 
     def _quick(self, wanted: Mapping[str, Lines | None]) -> bool:
-        """Change it without a look. False if it cannot be done so."""
+        """Change the rules without reading them. False if that is not possible."""
         known = self.known
-        # Only while there is a bridge of ours, before and after: what all bridges share stays then.
+        # Only if we have a bridge before and after: then the shared chains stay.
         if known is None or not self._own or not (self._own - wanted.keys() or any(wanted.values())):
             return False
         try:
@@ -383,7 +384,7 @@ class _Family:
         return True
 
     def _slow(self, wanted: Mapping[str, Lines | None]) -> bool:
-        """Look, and change it. False if it was so."""
+        """Read the rules, and change them. False if nothing had to be changed."""
         known, change = self._look(wanted)
         changed = bool(change)
         failures = 0
@@ -392,8 +393,8 @@ class _Family:
                 self._restore(change)
                 break
             except FirewallError:
-                # If Docker or the user changed the rules meanwhile, the plan was for others than these. And
-                # iptables over nftables may fail when anybody commits anything at the same moment.
+                # Docker or the user may have changed the rules after they were read. And iptables over nftables may
+                # fail when any program commits any change at the same moment.
                 failures += 1
                 if failures == _TRIES:
                     raise
@@ -402,7 +403,7 @@ class _Family:
         return changed
 
     def _look(self, wanted: Mapping[str, Lines | None]) -> tuple[dict[str, Lines], str]:
-        """What is there, and the input of iptables-restore that makes it so; empty if it is so."""
+        """The existing rules, and the input of iptables-restore that changes them; empty if they are as wanted."""
         chains = parse(_run(self._pids, f"{self._command}-save"))
         known = Lines.parse(chains)
         edits = [edit(bridge, known.get(bridge, Lines()), new) for bridge, new in wanted.items()]
@@ -423,7 +424,7 @@ class _Family:
     def _restore(self, change: str) -> None:
         if change:
             # 10 s for Docker, or another holder of the lock of legacy iptables.
-            _run(self._pids, f"{self._command}-restore", "--noflush", "-w", "10", stdin=change)
+            _run(self._pids, f"{self._command}-restore", "--noflush", "-w", _LOCK_WAIT, stdin=change)
 
 
 def _run(pids: deque[int], *argv: str, stdin: str = "") -> str:

@@ -1,6 +1,6 @@
-"""Network namespaces: made, kept by a file, and configured as an engine configures a container's.
+"""Network namespaces: makes them, keeps them by a file, and configures them as an engine does for a container.
 
-Threads enter and leave them, never the process: what is said of "here" is the calling thread's namespace.
+Threads enter and leave them, never the process: "here" is the namespace of the calling thread.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MS_BIND, _MNT_DETACH = 4096, 2  # sys/mount.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
-_ANNOUNCED = 0.0, 1.0, 1.0  # seconds between: as engines do, since one may be lost
-_CARRIER = 1.0  # seconds in which an interface that is set up has its carrier
+_ANNOUNCE_PAUSES = 0.0, 1.0, 1.0  # seconds before each announcement: three, as engines do, since one may be lost
+_CARRIER_TIMEOUT = 1.0  # seconds in which an interface that is set up has its carrier
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Route:
-    """A route of a sandbox: to a network, `via` a next hop, or else on the link of `interface`."""
+    """A route of a sandbox to a network: `via` a next hop, or on the link of `interface`."""
 
     destination: IPNetwork
     via: IPAddress | None = None
@@ -51,7 +51,7 @@ class Route:
 
 
 def unshare() -> None:
-    """Give this thread a network namespace of its own, for good. (os.unshare is new in Python 3.12.)"""
+    """Give this thread a network namespace of its own, until it ends. (os.unshare is new in Python 3.12.)"""
     _check(_libc.unshare(_CLONE_NEWNET))
 
 
@@ -84,7 +84,7 @@ class Namespace:
 
     @classmethod
     def create(cls, path: Path | str, *, fresh: bool = True) -> Namespace:
-        """A new one with its loopback up, kept by a new file; else that of the calling thread.
+        """Keep a namespace by a new file: a new one with its loopback up or, not `fresh`, that of the calling thread.
 
         Raises `Conflict` if there is such a file.
         """
@@ -121,7 +121,7 @@ class Namespace:
         self.path.unlink(missing_ok=True)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run it in a thread inside. A socket that it makes stays inside."""
+        """Run a function in a thread inside. Its sockets stay inside."""
 
         def inside() -> T:
             enter(self.path)
@@ -130,9 +130,9 @@ class Namespace:
         return _in_thread(inside)
 
     def run(self, *command: str, hosts: Path | None = None, timeout: float | None = None) -> str:
-        """What a program prints that runs inside, with `hosts` as its ``/etc/hosts``.
+        """Run a program inside, with `hosts` as its ``/etc/hosts``. Returns its output.
 
-        Raises `DriverError` with what it complains of, if it fails.
+        `timeout` is in seconds. Raises `DriverError` with the program's own words if it fails.
         """
         enter = ["nsenter", f"--net={self.path}", "--"]
         if hosts is not None:
@@ -152,10 +152,10 @@ class Namespace:
         mac: str | None = None,
         routes: Iterable[Route] = (),
     ) -> None:
-        """Move a link from here inside, under another name, give it its addresses, set it up, add routes, and tell.
+        """Move a link from here inside under a new name, add its addresses and routes, set it up, and announce it.
 
-        The neighbours are told where the addresses are, by gratuitous ARP and unsolicited advertisements: one that
-        knew another MAC address learns the new one (RFC 5227 section 3, RFC 4861 section 7.2.6).
+        The addresses are announced by gratuitous ARP and unsolicited advertisements: a neighbour that knew another MAC
+        address learns the new one (RFC 5227 section 3, RFC 4861 section 7.2.6).
 
         If that fails the link is moved back, under its own name. Raises `NotFound` if there is no such link here,
         `LinkError` if the kernel refuses.
@@ -164,16 +164,16 @@ class Namespace:
             try:
                 links.move(link, there.fileno(), name)
             except LinkError:
-                self.give_back(link, link)  # it can have been moved, and not renamed
+                self.move_out(link, link)  # it may have been moved and not renamed
                 raise
         addresses, routes = tuple(addresses), tuple(routes)
         try:
             own = self.call(lambda: _configure(name, addresses, mac, routes))
         except BaseException:
             with suppress(DriverError):
-                self.give_back(name, link)
+                self.move_out(name, link)
             raise
-        if len(own) == 6:  # else it is no Ethernet
+        if len(own) == 6:  # else it is not Ethernet
             # Not waited for: the kernel takes 10 ms to close a packet socket (packet_release).
             owners = dict.fromkeys((address.ip for address in addresses), MacAddress.from_bytes(own))
             telling = partial(self._announce, name, owners)
@@ -184,15 +184,15 @@ class Namespace:
             _wait_for_carrier(name)
             announce(name, owners)
 
-        for pause in _ANNOUNCED:
+        for pause in _ANNOUNCE_PAUSES:
             time.sleep(pause)  # outside: a process that is inside keeps the namespace
             try:
                 self.call(tell)
             except (OSError, DriverError):
                 return  # it is gone again
 
-    def give_back(self, name: str, link: str) -> bool:
-        """Move a link from inside to here, under its former name, without addresses. False if it is not there."""
+    def move_out(self, name: str, link: str) -> bool:
+        """Move a link from inside to here, under the name `link`, without addresses. False if there is none inside."""
 
         def leave() -> bool:
             with IPRoute() as ipr:
@@ -211,14 +211,14 @@ class Namespace:
             os.close(here)
 
     def change_routes(self, remove: Iterable[Route], add: Iterable[Route]) -> None:
-        """Remove routes, as far as they are there, and add others. Raises `LinkError` if the kernel refuses."""
+        """Remove those of the routes that exist, and add others. Raises `LinkError` if the kernel refuses."""
         remove, add = tuple(remove), tuple(add)
         if remove or add:
             self.call(lambda: _change_routes(remove, add))
 
 
 def _in_thread(function: Callable[[], T]) -> T:
-    """A thread's namespace ends with it, so nobody else is in the wrong one by mistake."""
+    """Run a function in a thread of its own: its namespace ends with it, and no other thread gets into a wrong one."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -245,7 +245,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _configure(name: str, addresses: tuple[IPInterface, ...], mac: str | None, routes: tuple[Route, ...]) -> bytes:
-    """The hardware address that it has then."""
+    """Configure a link inside. Returns its hardware address."""
     with IPRoute() as ipr:
         (index,) = ipr.link_lookup(ifname=name)
         with _refused(f"set the MAC address of {name} to {mac}"):
@@ -297,8 +297,8 @@ DEFAULT = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
 def _wait_for_carrier(name: str) -> None:
-    """What is sent earlier is lost. For a moment: it may never come."""
-    until = time.monotonic() + _CARRIER
+    """Wait, as frames that are sent earlier are lost. Not for ever: the carrier may never come."""
+    until = time.monotonic() + _CARRIER_TIMEOUT
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         while time.monotonic() < until:
             found = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))

@@ -1,8 +1,8 @@
-"""Rules written down with nft.
+"""Rules written with nft.
 
-Docker's own nftables mode (engines ≥ 29) drops nothing by policy, and its tables refuse by themselves what may not
-enter Docker's bridges; a packet must be accepted by every table. So each bridge has a table of its own, that says
-what may enter and leave this bridge and nothing else:
+Docker's own nftables mode (engines ≥ 29) drops nothing by policy, and its own tables protect Docker's bridges; a packet
+must be accepted by every table. So each bridge has a table of its own, for packets that enter or leave this bridge and
+no others:
 
     table inet netplugin-br-1
         forward      → into       Place.INTO
@@ -29,7 +29,7 @@ _PREFIX = "netplugin-"
 
 
 class Backend:
-    """What the firewall has of ours. Used by one thread."""
+    """Our rules in the firewall. Used by one thread."""
 
     announced = True
 
@@ -38,11 +38,11 @@ class Backend:
         self._known: dict[str, str] | None = None
 
     def forget(self) -> None:
-        """Look before the next change: somebody else may have changed something of ours."""
+        """Read the rules again before the next change: another program may have changed ours."""
         self._known = None
 
     def apply(self, policies: Mapping[str, Policy | None]) -> bool:
-        """Make it so for these bridges; None removes what a bridge has. Whether anything had to be changed."""
+        """Put these policies in force; None removes the rules of a bridge. Returns whether anything was changed."""
         if self._known is None:
             self._known = parse(_run(self.pids, "list", "ruleset", "inet"))
         known = self._known
@@ -50,7 +50,7 @@ class Backend:
         changes = {name: table for name, table in wanted.items() if known.get(name) != table}
         if not changes:
             return False
-        # What is not there cannot be deleted, and what is there can be added.
+        # nft refuses to delete a table that does not exist, but adds one that does: so add first, then delete.
         lines = [f"add table inet {name}\ndelete table inet {name}\n{table or ''}" for name, table in changes.items()]
         _run(self.pids, "-f", "-", stdin="\n".join(lines))
         for name, table in changes.items():
@@ -70,7 +70,7 @@ def used_by_docker() -> bool:
 
 
 def parse(listed: str) -> dict[str, str]:
-    """Our tables by name, in what ``nft list ruleset`` printed."""
+    """Our tables by name, from the output of ``nft list ruleset``."""
     found = re.findall(rf"^table inet ({_PREFIX}\S+) {{\n.*?^}}\n", listed, re.MULTILINE | re.DOTALL)
     blocks = re.findall(rf"^table inet {_PREFIX}\S+ {{\n.*?^}}\n", listed, re.MULTILINE | re.DOTALL)
     return dict(zip(found, blocks, strict=True))
@@ -99,7 +99,7 @@ def text(policy: Policy) -> str:
                 "fib daddr type local jump publish",
             ],
             "output": [
-                # Not by its name: some versions of nft print "dstnat" here, and some -100.
+                # A number, not a name: some versions of nft print "dstnat" here, and some -100.
                 "type nat hook output priority -80; policy accept;",
                 "ip daddr 127.0.0.0/8 return",
                 "ip6 daddr ::1 return",
@@ -160,7 +160,7 @@ def _interface(direction: str, operator: str, of: str | int) -> str:
 def _verdict(rule: Rule, ip: str) -> str:
     match rule.verdict:
         case Verdict.TO_OTHERS:
-            return "accept"  # Docker's tables are asked as well
+            return "accept"  # Docker's tables check it as well
         case Verdict.DNAT:
             assert isinstance(rule.to, tuple)
             address, port = rule.to
@@ -174,7 +174,7 @@ def _verdict(rule: Rule, ip: str) -> str:
 def _run(pids: deque[int], *arguments: str, stdin: str = "") -> str:
     status, output, errors = run(pids, "nftables", "nft", *arguments, stdin=stdin)
     if status:
-        # It repeats each line with marks below.
+        # nft repeats each faulty line, with marks below it.
         said = "; ".join(line.partition("Error: ")[2] for line in errors.splitlines() if "Error: " in line) or errors
         raise FirewallError(f"firewall: {said.strip() or f'nft: status {status}'}")
     return output

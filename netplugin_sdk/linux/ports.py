@@ -1,10 +1,10 @@
-"""Published ports, ``docker run -p``: host ports that are really taken, and a relay for what DNAT does not carry.
+"""Published ports, ``docker run -p``: host ports that are really taken, and a relay for traffic without DNAT.
 
-A published port is a socket here that is bound and, for TCP, listens: so the kernel finds the conflicts, with any
-process and any other driver, and nobody can take the port later. Nearly all traffic never reaches the socket, since
-the firewall's DNAT sends it to the container; what does is carried by the relay, a small process of its own (see
-`relay`), which has copies of all sockets. It starts with the first port. If it dies another one gets the same sockets;
-clients wait in the kernel's queues meanwhile. When the plugin ends, however it does, the relay ends too.
+A published port is a socket that is bound here and, for TCP, listens: so the kernel finds conflicts with any process
+and any other driver, and nobody can take the port later. Nearly all traffic never reaches the socket, since the
+firewall's DNAT sends it to the container. The rest is carried by the relay, a small process of its own (see `relay`)
+that has copies of all sockets. It starts with the first port. If it dies, a new one gets the same sockets; until then
+clients wait in the kernel's queues. When the plugin ends, in whatever way, the relay ends too.
 
 All functions may be called from any number of threads, and again. They work in the network namespace of the caller;
 the relay in that of the first, until `close`.
@@ -23,9 +23,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Protocol
@@ -37,9 +37,8 @@ _log = logging.getLogger("netplugin_sdk")
 
 _ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 _RELAY = str(Path(__file__).with_name("relay.py"))
-_BACKLOG = 4096
+_BACKLOG = 4096  # connections that wait to be accepted
 _TRIES = 32  # for a port that is free on all addresses, of those that the kernel proposes
-_RELAY_TIMEOUT = 5.0  # seconds for the relay to answer; it takes well below a millisecond, its start 30
 _BATCH = 250  # sockets in a message; the kernel takes 253 (linux/net/scm.h, SCM_MAX_FD)
 _KINDS = {
     TransportProtocol.TCP: socket.SOCK_STREAM,
@@ -50,16 +49,16 @@ _PKTINFO = {4: (socket.IPPROTO_IP, 8), 6: (socket.IPPROTO_IPV6, socket.IPV6_RECV
 
 
 class PortInUse(Conflict):
-    """A host port that was asked for is taken, in the words that Docker has for it."""
+    """A requested host port is taken. The text is Docker's own."""
 
 
 class PortError(DriverError):
-    """The kernel refused a host port for another reason: address, port and reason."""
+    """The kernel refused a host port for another reason. The text has address, port and reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A port of a container that is reached by a port of the host. Can be attached to a network or an endpoint."""
+    """A port of a container that is reached through a port of the host. Can be attached to a network or an endpoint."""
 
     protocol: TransportProtocol
     host_address: IPAddress
@@ -77,7 +76,7 @@ class Published:
 
 
 class Request(Protocol):
-    """One ``-p``, such as a `PortMapping`; what the numbers and None mean is said at `publish`."""
+    """One ``-p``, such as a `PortMapping`; `publish` explains the numbers and None."""
 
     @property
     def protocol(self) -> TransportProtocol: ...  # noqa: D102
@@ -91,6 +90,23 @@ class Request(Protocol):
     def host_port_end(self) -> int: ...  # noqa: D102
 
 
+@dataclass(slots=True)
+class Settings:
+    """Timings of the relay, as the plugin sees it."""
+
+    relay_timeout: float = 5.0
+    """Seconds for the relay to answer or to end; then it is killed. It takes below a millisecond, its start 30."""
+    restart_interval: float = 1.0
+    """Seconds from the start of a relay to that of the next one, at least."""
+    relay: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the relay, each with a default there.
+
+    In seconds: ``idle``, after which a UDP client is forgotten (90); ``sweep`` between looks for such clients (10);
+    ``pause`` without accepting where there is no room (0.1). At most so many: TCP and SCTP ``connections`` and UDP
+    ``clients`` (a quarter and a sixteenth of the limit of descriptors).
+    """
+
+
 def publish(
     owner: str,
     requests: Iterable[Request],
@@ -102,17 +118,19 @@ def publish(
 ) -> tuple[Published, ...]:
     """Take the host ports of these requests, and no others, for `owner`: the container with these `addresses`.
 
-    Of a request, `host_port` 0 is a free port that the kernel picks, and a `host_port_end` above `host_port` the first
-    free one of the range. Without `host_address` it is `default_host`; if that is None or ``0.0.0.0``, every address of
-    the host, IPv4 and (where the host has it) IPv6, by the same port number. Requests that differ in the host's address
-    only get the same number too. A host's IPv6 address leads to the container's IPv6 address, or else, with
-    `six_to_four`, to its IPv4 address; where the container has no fitting address nothing is published.
+    In a request, `host_port` 0 means a free port that the kernel picks, and a `host_port_end` above `host_port` means
+    the first free one of the range. A request without `host_address` gets `default_host`; if that is None or
+    ``0.0.0.0``, every address of the host, IPv4 and (where the host has it) IPv6, with the same port number. Requests
+    that differ only in the host's address get the same number too. A host's IPv6 address leads to the container's IPv6
+    address, or else, with `six_to_four`, to its IPv4 address; where the container has no fitting address nothing is
+    published.
 
-    What the owner has already is left untouched where it fits. After a restart `keep` is what `publish` returned
-    before: those host ports are preferred. Where the kernel has no SCTP sockets such a port is only remembered here.
+    Ports that the owner has already stay untouched where they fit. After a restart, pass the former result of `publish`
+    as `keep`: those host ports are preferred. Where the kernel has no SCTP sockets, such a port is only remembered
+    here.
 
-    Either all is done, or an error is raised and all is as before: `PortInUse`; `PortError`; `Unavailable` if the
-    relay cannot be started.
+    Either everything is done, or an error is raised and nothing has changed: `PortInUse`; `PortError`; `Unavailable` if
+    the relay cannot be started.
     """
     by_version: dict[int, IPAddress] = {}
     for address in addresses:
@@ -123,18 +141,18 @@ def publish(
 
 
 def release(owner: str) -> None:
-    """Free what `owner` has, if anything; others can bind it when this returns. What is being relayed to it is cut."""
+    """Free all ports of `owner`; when this returns, others can bind them. Its relayed connections are cut."""
     _ports.release(owner)
 
 
 def close() -> None:
-    """Free everything, end the relay and wait until it has ended. Done by itself when the interpreter exits."""
+    """Free all ports, end the relay and wait for its end. Called automatically when the interpreter exits."""
     _ports.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """Requests that differ in the host's address only."""
+    """Requests that differ only in the host's address."""
 
     protocol: TransportProtocol
     port: int
@@ -159,7 +177,7 @@ class _Wish:
                 yield port
 
     def at(self, host_port: int) -> list[Published]:
-        """What it is with this port of the host."""
+        """The published ports that it becomes with this port of the host."""
         return [
             Published(protocol=self.protocol, host_address=host, host_port=host_port, address=address, port=self.port)
             for host, address in self.targets.items()
@@ -177,7 +195,7 @@ def _wishes(
         for host in default_hosts if request.host_address is None else [request.host_address]:
             if host.version in by_version:
                 wishes.setdefault(key, _Wish(*key, {})).targets[host] = by_version[host.version]
-    # What leaves the least choice is first.
+    # Those with the least choice come first.
     return sorted(wishes.values(), key=lambda wish: (not wish.first, wish.last - wish.first))
 
 
@@ -187,18 +205,19 @@ class _Binding:
     key: int
     """The relay's name for it."""
     socket: socket.socket | None = None
-    """Stays None for SCTP on a kernel without."""
+    """None for SCTP on a kernel without it."""
 
     @property
     def place(self) -> tuple[TransportProtocol, int, int]:
-        """Where it may collide: all addresses of a version with each one."""
+        """Bindings with the same place may collide, since one of them may be for all addresses."""
         return self.published.protocol, self.published.host_address.version, self.published.host_port
 
 
 class _Ports:
-    """Which endpoint has which port."""
+    """Which owner has which ports of the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._lock = threading.Lock()
         self._owners: dict[str, list[_Binding]] = {}
         self._taken: dict[tuple[TransportProtocol, int, int], set[_Binding]] = {}
@@ -207,7 +226,7 @@ class _Ports:
 
     def publish(self, owner: str, wishes: Iterable[_Wish], keep: Iterable[Published]) -> tuple[Published, ...]:
         with self._lock, ExitStack() as undo:
-            if self._relay is None:  # a range takes many descriptors, here and in the relay, which inherits the limit
+            if self._relay is None:  # a range needs many descriptors, here and in the relay, which inherits the limit
                 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             before = self._owners.get(owner, [])
@@ -237,7 +256,7 @@ class _Ports:
     def _take(
         self, wish: _Wish, preferred: Iterable[Published], spare: set[_Binding], undo: ExitStack
     ) -> list[_Binding]:
-        """One host port on all its addresses. `spare` is what the owner has and nobody has wished for again."""
+        """Take one host port on all its addresses. `spare` are the owner's bindings that no wish has used again."""
         refusal = PortInUse(
             f"Bind for {next(iter(wish.targets))}:{wish.first}-{wish.last} failed: all ports are allocated"
         )
@@ -279,7 +298,7 @@ class _Ports:
         self._taken.setdefault(binding.place, set()).add(binding)
 
     def _restore(self, binding: _Binding) -> None:
-        """What `_drop` undid."""
+        """Undo `_drop`."""
         try:
             self._open(binding)
             self._have_relayed([binding])
@@ -307,7 +326,7 @@ class _Ports:
             self._start_relay()
 
     def _start_relay(self) -> None:
-        self._relay = _Relay(self._relay_ended)
+        self._relay = _Relay(self._relay_ended, self._settings)
         self._relay.add([binding for there in self._taken.values() for binding in there])
 
     def _relay_ended(self, relay: _Relay, status: int) -> None:
@@ -323,16 +342,18 @@ class _Ports:
 
 
 class _Relay:
-    """The other process, as long as it lives."""
+    """The relay's process, seen from the plugin."""
 
-    def __init__(self, ended: Callable[[_Relay, int], None]) -> None:
+    def __init__(self, ended: Callable[[_Relay, int], None], settings: Settings) -> None:
+        self._timeout, self._restart_interval = settings.relay_timeout, settings.restart_interval
+        arguments = [f"{name}={value}" for name, value in settings.relay.items()]
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_RELAY_TIMEOUT)
+        self._socket.settimeout(self._timeout)
         self._closed, self._gone = threading.Event(), threading.Event()
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _RELAY, str(theirs.fileno())],
+                    [sys.executable, "-I", "-S", _RELAY, str(theirs.fileno()), *arguments],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -344,15 +365,15 @@ class _Relay:
         self._watcher.start()
 
     def _watch(self, ended: Callable[[_Relay, int], None]) -> None:
-        once_a_second = time.monotonic() + 1
+        next_start = time.monotonic() + self._restart_interval
         status = self._process.wait()
         self._gone.set()
-        if not self._closed.wait(max(0.0, once_a_second - time.monotonic())):
+        if not self._closed.wait(max(0.0, next_start - time.monotonic())):
             ended(self, status)
-            self._socket.close()  # nobody else has it now
+            self._socket.close()  # no other thread uses it any more
 
     def add(self, bindings: Iterable[_Binding]) -> None:
-        """Have them relayed. It need not be up yet, and if it has died its successor gets them."""
+        """Have them relayed. The process need not be up yet; if it has died, the next one gets them."""
         lines = [
             (f"{binding.key} {binding.published.address} {binding.published.port}", binding.socket.fileno())
             for binding in bindings
@@ -366,7 +387,7 @@ class _Relay:
             self._end()
 
     def remove(self, keys: Sequence[int]) -> None:
-        """Have them closed. When this returns they are, if need be because it has been killed."""
+        """Have them closed. When this returns they are closed, if need be because the process was killed."""
         try:
             for start in range(0, len(keys), _BATCH):
                 self._socket.send("\n".join(map(str, keys[start : start + _BATCH])).encode())
@@ -377,20 +398,20 @@ class _Relay:
         return None
 
     def close(self) -> None:
-        """Have it ended, for good."""
+        """End the process for good."""
         self._closed.set()
         self._end()
         self._watcher.join()
 
     def _end(self) -> None:
-        self._socket.close()  # tells it to exit
-        if not self._gone.wait(_RELAY_TIMEOUT):
+        self._socket.close()  # the process then exits
+        if not self._gone.wait(self._timeout):
             self._process.kill()
             self._gone.wait()
 
 
 def _open(protocol: TransportProtocol, host: IPAddress, port: int) -> socket.socket:
-    """A socket that holds this port of the host; 0 for any."""
+    """A socket bound to this port of the host; 0 for any."""
     family = socket.AF_INET if host.version == 4 else socket.AF_INET6
     with ExitStack() as undo:
         try:
@@ -399,10 +420,10 @@ def _open(protocol: TransportProtocol, host: IPAddress, port: int) -> socket.soc
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if protocol is TransportProtocol.TCP:
-                # Connections of before, of which the kernel keeps TIME_WAIT, are no conflict.
+                # Earlier connections that are in TIME_WAIT are no conflict.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if protocol is TransportProtocol.UDP:
-                # Before the first datagram: the relay asks which address it was sent to.
+                # Before the first datagram: the relay needs the address that it was sent to.
                 sock.setsockopt(*_PKTINFO[host.version], 1)
             sock.bind((str(host), port))
             if protocol is not TransportProtocol.UDP:
@@ -416,7 +437,7 @@ def _open(protocol: TransportProtocol, host: IPAddress, port: int) -> socket.soc
 
 
 def _has(protocol: TransportProtocol) -> bool:
-    """Whether the kernel has sockets of it: SCTP is often left out."""
+    """Whether the kernel has sockets of this protocol: SCTP is often missing."""
     try:
         socket.socket(socket.AF_INET, _KINDS[protocol], protocol).close()
     except OSError as error:
@@ -437,5 +458,8 @@ def _join(address: IPAddress, port: int) -> str:
     return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
 
 
-_ports = _Ports()
+settings = Settings()
+"""Those of this process, for the relays that are started from now on."""
+
+_ports = _Ports(settings)
 atexit.register(close)

@@ -1,12 +1,14 @@
-"""The relay of published ports: a program by itself, which `ports` runs as ``python -I -S relay.py FD``.
+"""The relay of published ports: a program of its own, which `ports` runs.
 
-It takes what the kernel's DNAT does not carry: clients on 127.0.0.1 and ::1, those that come by IPv6 to a container
-that has IPv4 only, a container that calls itself through the host's address, and all of them when the rules are gone.
+    python -I -S relay.py FD [NAME=NUMBER …]
 
-FD is a SOCK_SEQPACKET socket to the plugin. A message with descriptors adds published sockets, one line
-``KEY ADDRESS PORT`` for each: what arrives there goes to that address. A message without takes ports away, one line
-``KEY`` for each; it is answered when they are closed and their connections cut. At the end of file the relay exits,
-so it never outlives its plugin, however that ended.
+It carries the traffic that the kernel's DNAT does not: clients on 127.0.0.1 and ::1, IPv6 clients of a container that
+has only IPv4, a container that calls itself through the host's address, and all clients when the rules are gone.
+
+FD is a SOCK_SEQPACKET socket to the plugin. A message with descriptors adds published sockets, one line for each,
+``KEY ADDRESS PORT``: traffic that arrives there goes to that address. A message without descriptors removes ports, one
+line for each, ``KEY``; the answer comes when they are closed and their connections cut. At the end of file the relay
+exits, so it never outlives its plugin, in whatever way that ended. NAME is a parameter of `Relay`, such as ``idle=30``.
 
 One thread and one epoll. Only the standard library, and little of it: no asyncio, no typing (10 MB instead of 20).
 """
@@ -24,11 +26,6 @@ import time
 from collections.abc import Callable
 
 _LIMIT = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)  # of descriptors
-_MAX_CONNECTIONS = _LIMIT // 4  # two descriptors each; what these leave is for the published sockets
-_MAX_CLIENTS = _LIMIT // 16
-_IDLE = 90  # seconds after which a UDP client is forgotten, as docker-proxy does
-_SWEEP = 10  # seconds between the looks for such
-_PAUSE = 0.1  # seconds without accepting, when there is no room
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _MAX_FDS = 253  # linux/net/scm.h, SCM_MAX_FD
 _IP_PKTINFO = 8  # linux/in.h; struct in_pktinfo: index, our address, the packet's destination
@@ -37,9 +34,29 @@ _BUFFER = memoryview(bytearray(1 << 16))
 
 
 class Relay:
-    """The loop, and everything that is open."""
+    """The loop, and everything that is open.
 
-    def __init__(self, control: socket.socket) -> None:
+    Parameters:
+        control: the socket to the plugin.
+        idle: seconds after which a UDP client is forgotten, as docker-proxy does.
+        sweep: seconds between looks for idle UDP clients.
+        pause: seconds without accepting, when there is no room.
+        connections: how many there may be. Two descriptors each; the others are for the published sockets.
+        clients: how many UDP clients there may be, with a descriptor each.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        *,
+        idle: float = 90.0,
+        sweep: float = 10.0,
+        pause: float = 0.1,
+        connections: float = _LIMIT // 4,
+        clients: float = _LIMIT // 16,
+    ) -> None:
+        self.max_connections, self.max_clients = connections, clients
+        self._idle, self._sweep, self._pause = idle, sweep, pause
         self.published: dict[str, Listener | Datagrams] = {}
         self.connections: set[Stream] = set()
         """The clients' sides."""
@@ -50,47 +67,47 @@ class Relay:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._paused: set[Listener] = set()
         self._resume = 0.0
-        self.watch(control, self._obey)
+        self.watch(control, self._read_command)
 
     def run(self) -> None:
-        """Until the plugin ends."""
+        """Relay until the plugin ends."""
         while True:
-            for fd, events in self._epoll.poll(_PAUSE if self._paused else _SWEEP if self.clients else None):
-                # None: an event before it has closed this one. The other way round a new socket may get the event of
-                # a closed one; as nothing here blocks, that does no harm.
+            for fd, events in self._epoll.poll(self._pause if self._paused else self._sweep if self.clients else None):
+                # None: an earlier event has closed this socket. A new socket may also get the event of a closed one; as
+                # nothing here blocks, that does no harm.
                 if (handler := self._handlers.get(fd)) is not None:
                     handler(events)
             now = time.monotonic()
-            while self.clients and now - (oldest := next(iter(self.clients.values()))).used > _IDLE:
+            while self.clients and now - (oldest := next(iter(self.clients.values()))).used > self._idle:
                 oldest.close()
             if self._paused and now > self._resume:
                 for listener in self._paused:
-                    self.expect(listener.socket, select.EPOLLIN)
+                    self.set_events(listener.socket, select.EPOLLIN)
                 self._paused.clear()
 
     def watch(self, sock: socket.socket, handler: Callable[[int], None]) -> None:
-        """Call it, with the events, when there is something to read; `expect` changes that."""
+        """Call `handler` with the events when there is something to read; `set_events` changes that."""
         self._handlers[sock.fileno()] = handler
         self._epoll.register(sock, select.EPOLLIN)
 
-    def expect(self, sock: socket.socket, events: int) -> None:
-        """Which events the socket's handler is called with."""
+    def set_events(self, sock: socket.socket, events: int) -> None:
+        """Call the socket's handler for these events from now on."""
         self._epoll.modify(sock, events)
 
     def close(self, sock: socket.socket) -> None:
-        """Close it and call its handler no more."""
-        # epoll forgets by itself only what nobody has open any more, and the plugin has the published sockets.
+        """Close a socket; its handler is not called any more."""
+        # epoll drops a socket by itself only when no process has it open, and the plugin has the published sockets.
         self._epoll.unregister(sock)
         del self._handlers[sock.fileno()]
         sock.close()
 
     def pause(self, listener: Listener) -> None:
         """Its clients wait in the kernel's queue until others have gone."""
-        self.expect(listener.socket, 0)
+        self.set_events(listener.socket, 0)
         self._paused.add(listener)
-        self._resume = time.monotonic() + _PAUSE
+        self._resume = time.monotonic() + self._pause
 
-    def _obey(self, _: int) -> None:
+    def _read_command(self, _: int) -> None:
         message, fds, flags, _ = socket.recv_fds(self._control, 1 << 16, _MAX_FDS)
         if not message:
             sys.exit()
@@ -125,7 +142,7 @@ class Listener:
         relay.watch(sock, self._accept)
 
     def _accept(self, _: int) -> None:
-        if len(self.relay.connections) >= _MAX_CONNECTIONS:
+        if len(self.relay.connections) >= self.relay.max_connections:
             return self.relay.pause(self)
         server = None
         try:
@@ -156,7 +173,7 @@ class Stream:
     def __init__(self, origin: Listener, sock: socket.socket) -> None:
         self.origin, self.relay, self.socket = origin, origin.relay, sock
         self.unsent: memoryview | None = None
-        """What the kernel has not taken yet; until it has, the peer is not read."""
+        """Data that the kernel has not taken yet; until it has, the peer is not read."""
         self._ended = False  # the other side sends no more
         self._events = select.EPOLLIN
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -165,14 +182,14 @@ class Stream:
         self.relay.watch(sock, self._ready)
 
     def update(self) -> None:
-        """Wait for what can be done now."""
+        """Wait for the events that this stream can handle now."""
         events = 0 if self._ended or self.peer.unsent is not None else select.EPOLLIN
         if self.unsent is not None:
             events |= select.EPOLLOUT
         if events != self._events:
             self._events = events
-            # Errors and hang-ups are always told; by the edge, or they would be again and again while nothing is done.
-            self.relay.expect(self.socket, events or select.EPOLLET)
+            # epoll always reports errors and hang-ups; edge-triggered, or it would report them again and again.
+            self.relay.set_events(self.socket, events or select.EPOLLET)
 
     def _ready(self, events: int) -> None:
         try:
@@ -184,9 +201,9 @@ class Stream:
                 return self._close(reset=True)
         except BlockingIOError:
             pass
-        except OSError:  # a connection that was reset, or not made at all, is so for both
+        except OSError:  # a connection that was reset or refused is reset on both sides
             return self._close(reset=True)
-        if self._ended and self.peer._ended:  # and all is sent, or they would not have been read to the end
+        if self._ended and self.peer._ended:  # and everything is sent, or they would not have been read to the end
             return self._close(reset=False)
         self.update()
         return self.peer.update()
@@ -208,7 +225,7 @@ class Stream:
             self.unsent = memoryview(bytes(data)) if data else None
 
     def close(self) -> None:
-        """Cut the connection; only what a container that has finished has sent still gets to the client."""
+        """Cut the connection. If the container has finished sending, its data still reach the client."""
         self._close(reset=not self.peer._ended)
 
     def _close(self, *, reset: bool) -> None:
@@ -239,17 +256,17 @@ class Datagrams:
             key = (self, address, source)
             client = clients.pop(key, None)
             if client is None:
-                if len(clients) >= _MAX_CLIENTS:
+                if len(clients) >= self.relay.max_clients:
                     next(iter(clients.values())).close()
                 client = Client(self, key, address, (level, kind, source))
             clients[key] = client
             client.send(_BUFFER[:size])
-        except OSError:  # nothing there after all, no room, no way to the container now: a datagram may get lost
+        except OSError:  # no data, no room, or no route to the container now: a datagram may get lost
             return
 
 
 class Client:
-    """Where to send the container's answers."""
+    """A UDP client, to which the container's answers are sent."""
 
     __slots__ = ("_address", "_key", "_socket", "_source", "origin", "used")
 
@@ -262,7 +279,7 @@ class Client:
         origin.relay.watch(self._socket, self._answer)
 
     def send(self, data: memoryview) -> None:
-        """Pass it on to the container; raises OSError if that cannot be."""
+        """Send data to the container. Raises OSError if that fails."""
         self.used = time.monotonic()
         try:
             self._socket.send(data)
@@ -290,12 +307,17 @@ def _family(target: tuple[str, int]) -> socket.AddressFamily:
 
 
 def main() -> None:
-    """Serve the plugin at the other end of the descriptor that is the program's argument."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the plugin, which drains, then ends us
+    """Serve the plugin at the other end of the descriptor that is the program's first argument."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # meant for the plugin, which finishes its calls, then ends us
         signal.signal(number, signal.SIG_IGN)
+    settings = {name: float(value) for name, _, value in (text.partition("=") for text in sys.argv[2:])}
     socket.setdefaulttimeout(0)  # no socket blocks
     try:
-        Relay(socket.socket(fileno=int(sys.argv[1]))).run()
+        Relay(socket.socket(fileno=int(sys.argv[1])), **settings).run()
     except (BrokenPipeError, ConnectionResetError):  # of the control socket: the plugin did not wait for an answer
         sys.exit()
 

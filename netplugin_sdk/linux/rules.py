@@ -1,13 +1,13 @@
-"""What the firewall must do for a bridge, as a value, and the rules that do it: no program runs here.
+"""The policy of a bridge, as a value, and the rules that follow from it: no program runs here.
 
     Policy ── rules(policy, version) ──→ (Rule, Rule, …) ── iptables or nftables ──→ text ──→ kernel
 
-The rules of one bridge stand in four places, whatever writes them down:
+The rules of one bridge are in four places, with either back end:
 
-    INTO   a packet that would leave the host through this bridge: what may talk to its ports
-    OUT    a packet that came from this bridge and that no other bridge has refused
-    DNAT   a packet to an address of the host: published ports
-    SNAT   a packet that was accepted: whose source is replaced on its way out
+    INTO   for packets that leave the host through this bridge: traffic to its ports
+    OUT    for packets that came from this bridge and that no other bridge has refused
+    DNAT   for packets to an address of the host: published ports
+    SNAT   for accepted packets: the new source on the way out
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.values import IPAddress, IPNetwork, TransportProtocol
 
 GROUP = 0x6E70
-"""Group of interfaces (``ip link set group``) that a bridge is put into to be known as a network's."""
+"""Group of interfaces (``ip link set group``) that marks a bridge as that of a network."""
 
-# Tighter than the kernel: what would mean something else in a rule (quotes, a trailing "+", which is a wildcard) is
-# not a name here. 15 bytes leave room in a chain's name, which has at most 28.
+# Stricter than the kernel: no characters with a meaning of their own in a rule (quotes, a trailing "+", which is a
+# wildcard). 15 bytes leave room in a chain's name, which has at most 28.
 _INTERFACE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@=-]{0,14}")
 # 40 bytes: two of them, and the rest of a comment, make the 128 that nft takes.
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{0,40}")
 
 
 class FirewallError(DriverError):
-    """The firewall refused a change: in its own words."""
+    """The firewall refused a change. The text is the program's own."""
 
 
 class Mode(enum.StrEnum):
@@ -51,31 +51,31 @@ class Mode(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What may go in and out of one bridge.
+    """The traffic that one bridge may have.
 
-    By default its ports talk to each other and to the outside and get the answers, with the host's address as their
-    source; nothing from outside begins.
+    By default its ports talk to each other and to the outside, with the host's address as their source, and get the
+    answers; nobody outside can open a connection to them.
     """
 
     bridge: str
     """Name of the interface. It need not exist yet."""
     group: int | None = None
-    """Number of a group of interfaces (``ip link set group``) that the host routes between, without a bridge. All that
-    is said of the bridge and its ports is then meant of them, and `bridge` is a name for the rules."""
+    """Number of a group of interfaces (``ip link set group``) that the host routes between, without a bridge. Then
+    everything below about the bridge and its ports applies to them, and `bridge` is only a name for the rules."""
     network: str = ""
-    """What comments call the network, such as the start of its id."""
+    """The network's name in comments, such as the start of its id."""
     subnets: tuple[IPNetwork, ...] = ()
-    """Of which address families the bridge is; without any, it may carry both."""
+    """The address families of the bridge follow from them; without any, it may carry both."""
     internal: bool = False
-    """Its ports talk to each other, and that is all."""
+    """Its ports talk to each other and to nobody else."""
     bridged_only: bool = False
-    """Its ports talk to each other, and what the host routes is left to the rules of others: for a bridge of theirs."""
+    """Its ports talk to each other; routed packets are left to other rules. For a bridge that somebody else made."""
     icc: bool = True
     """Whether its ports talk to each other directly (inter-container communication)."""
     masquerade: bool = True
-    """Whether what leaves has the host's address as its source."""
+    """Whether packets that leave have the host's address as their source."""
     sources: tuple[IPAddress, ...] = ()
-    """That address, for IPv4 and for IPv6; otherwise the one of the interface that it leaves by."""
+    """That address, for IPv4 and for IPv6; by default, the address of the outgoing interface."""
     mode4: Mode = Mode.NAT
     mode6: Mode = Mode.NAT
     trusted: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Policy:
     """Label of an endpoint → its ports; with `Published.host_port` 0 a port is open, but not on the host."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be written into a rule."""
+        """Raise `InvalidRequest` if a value cannot be written into a rule."""
         check(self.bridge)
         for name in self.trusted:
             check(name)
@@ -100,7 +100,7 @@ class Policy:
 
     @property
     def interfaces(self) -> str | int:
-        """What it is for: the name of the bridge, or the number of the group."""
+        """The interfaces in a rule: the name of the bridge, or the number of the group."""
         return self.bridge if self.group is None else self.group
 
     @property
@@ -109,7 +109,7 @@ class Policy:
         return tuple(sorted({net.version for net in self.subnets})) or (4, 6)
 
     def comment(self, endpoint: str = "") -> str:
-        """What names this bridge, its network and an endpoint in the comment of a rule."""
+        """The text that names this bridge, its network and an endpoint in the comment of a rule."""
         network = f" network {self.network}" if self.network else ""
         return self.bridge + network + (f" endpoint {endpoint}" if endpoint else "")
 
@@ -125,7 +125,7 @@ def check(interface: str) -> None:
 
 
 class Place(enum.Enum):
-    """Where a rule stands; see the module's text."""
+    """The place of a rule; see the text of the module."""
 
     INTO = enum.auto()
     OUT = enum.auto()
@@ -134,7 +134,7 @@ class Place(enum.Enum):
 
 
 class Verdict(enum.Enum):
-    """What happens to a packet that a rule matches."""
+    """The fate of a packet that a rule matches."""
 
     ACCEPT = enum.auto()
     DROP = enum.auto()
@@ -147,7 +147,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: a packet that all of the matches fit gets the verdict. None matches anything.
+    """One rule: a packet that fits all matches gets the verdict. A match that is None fits every packet.
 
     An interface is written by its name, a group of them by its number.
     """
@@ -157,7 +157,7 @@ class Rule:
     incoming: str | int | None = None
     not_incoming: str | int | None = None
     from_bridges: bool = False
-    """Came in by an interface of the group `GROUP`."""
+    """Came in through an interface of the group `GROUP`."""
     outgoing: str | int | None = None
     not_outgoing: str | int | None = None
     source: IPNetwork | None = None
@@ -178,7 +178,7 @@ class Rule:
 
 
 def rules(policy: Policy, version: int) -> tuple[Rule, ...]:
-    """The rules of one bridge for one IP version; of each `Place` in the order in which they are to be asked."""
+    """The rules of one bridge for one IP version; those of each `Place` in the order of evaluation."""
     bridge, mode = policy.interfaces, policy.mode(version)
     nat = mode in (Mode.NAT, Mode.UNPROTECTED)
     into = Place.INTO
@@ -226,9 +226,9 @@ def _translations(policy: Policy, version: int) -> list[Rule]:
         Rule(
             place=Place.DNAT,
             destination=None if port.host_address.is_unspecified else port.host_address,
-            # What a container sends to its own published port comes to the host, and the relay sends it back: to
-            # return on the bridge's port that it came from, the port would need hairpin mode (reflective relay),
-            # in which a container gets its own multicasts back, and IPv6 finds every address duplicated.
+            # Packets from a container to its own published port go to the host, and the relay sends them back. To
+            # return through the same port of the bridge, that port would need hairpin mode (reflective relay):
+            # then a container gets its own multicasts back, and IPv6 finds every address duplicated.
             not_source=port.address,
             protocol=port.protocol,
             port=port.host_port,

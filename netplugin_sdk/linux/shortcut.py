@@ -1,15 +1,15 @@
-"""Frames between the ports of a bridge, past the bridge and past the firewall.
+"""A shortcut for frames between the ports of a bridge, past the bridge and the firewall.
 
 Where ``net.bridge.bridge-nf-call-iptables`` is 1, as on a host of Docker, each frame that a bridge forwards goes
 through the host's iptables and its connection tracking: some 3 µs each time. A frame to a MAC address whose port is
-known needs neither if all on the bridge may talk to all. It is handed on where it comes in (nftables, family netdev,
+known needs neither if all ports may talk to each other. It is forwarded where it comes in (nftables, family netdev,
 hook ingress, ``fwd``):
 
     port ── ingress ──┬─ to a MAC address of a port ────────────────────→ that port
                       ├─ to any other of `MacAddress.of`, from a port ──→ the uplink
                       └─ all else: broadcasts, other MAC addresses ─────→ bridge and firewall
 
-It is nothing but a shortcut: without it everything goes the long way. So what cannot be had is no error.
+Without the shortcut, frames take the normal path. So it is no error if the kernel or nft cannot make it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _log = logging.getLogger("netplugin_sdk")
 
 
 def ensure(bridge: str, ports: Mapping[MacAddress, str], uplink: str) -> bool:
-    """Have exactly these ports, by MAC address, and the uplink hand on frames themselves; in one transaction.
+    """Have exactly these ports, by MAC address, and the uplink forward frames by themselves; in one transaction.
 
-    Ports that are not here, or not any more, are left out. It takes 5 ms if it is so already, else 15 to 80: the kernel
+    Ports that do not exist here are left out. It takes 5 ms if nothing has to be changed, else 15 to 80: the kernel
     waits for its readers.
 
     Returns:
-        Whether it is so. Not if this kernel or nft cannot do it, or there is no `uplink`; then nothing is left of an
-        earlier one.
+        Whether the shortcut exists. False if this kernel or nft cannot make it, or there is no `uplink`; then an
+        earlier one is removed.
     """
     here = links.names()
     ports = {mac: port for mac, port in ports.items() if port in here}
@@ -50,12 +50,12 @@ def ensure(bridge: str, ports: Mapping[MacAddress, str], uplink: str) -> bool:
 
 
 def delete(bridge: str) -> None:
-    """Undo `ensure`; nothing there is no error."""
+    """Remove the shortcut of a bridge, if there is one."""
     _nft("-f", "-", stdin=f"add table netdev {_table(bridge)}\ndelete table netdev {_table(bridge)}\n")
 
 
 def _is_so(listed: str, ports: Mapping[MacAddress, str], uplink: str) -> bool:
-    """Of an interface that was deleted the name is not listed any more."""
+    """Whether the listed table is as wanted. The name of a deleted interface is not listed any more."""
     known = dict(re.findall(r'ether daddr ([0-9a-f]{2}(?::[0-9a-f]{2}){5}) fwd to "([^"]+)"', listed))
     hooked = re.findall(r'hook ingress device "([^"]+)"', listed)
     return known == ports and sorted(hooked) == sorted((uplink, *ports.values())) and _beyond(uplink) in listed
@@ -68,7 +68,7 @@ def _beyond(uplink: str) -> str:
 
 def _text(bridge: str, ports: Mapping[MacAddress, str], uplink: str) -> str:
     table = _table(bridge)
-    # A rule for each, and no map: one that a newer nft has made crashes that of Debian 12, which has it listed.
+    # One rule per address, not a map: listing a map that a newer nft made crashes the nft of Debian 12.
     known = " ".join(f'ether daddr {mac} fwd to "{port}";' for mac, port in ports.items())
     chains = [
         f"chain known {{ {known} }}",
@@ -92,12 +92,12 @@ def _table(bridge: str) -> str:
 
 
 def _name(interface: str) -> str:
-    """As nft takes it for a table or a chain."""
+    """The name of an interface as a name of a table or a chain for nft."""
     return "i" + re.sub(r"[^A-Za-z0-9_.-]", lambda match: f"/{ord(match[0]):x}", interface)
 
 
 def _nft(*arguments: str, stdin: str = "", quietly: bool = False) -> str | None:
-    """What it prints; None if it fails."""
+    """The output of nft; None if it fails."""
     try:
         status, output, errors = run(deque(maxlen=1), "nftables", "nft", *arguments, stdin=stdin)
     except Unavailable as error:

@@ -19,11 +19,11 @@ _MANAGED = Path("/host/proc/sys")
 
 
 class SysctlError(DriverError):
-    """A kernel parameter cannot be read or set: which one, and why."""
+    """A kernel parameter cannot be read or set. The text names it and the reason."""
 
 
 def read(name: str) -> str | None:
-    """Its value, without white space around it; None if this kernel has no such parameter.
+    """The value of a parameter, without white space around it; None if this kernel has no such parameter.
 
     Raises `SysctlError` if it cannot be read.
     """
@@ -37,10 +37,10 @@ def read(name: str) -> str | None:
 
 
 def ensure(name: str, value: str | int) -> str:
-    """Set it, unless it has this value already, which a read-only ``/proc/sys`` allows too.
+    """Set a parameter, unless it has this value already: that works with a read-only ``/proc/sys`` too.
 
     Returns:
-        The value that it had before; attach it (`Network.attach`) to put it back later.
+        The former value; attach it (`Network.attach`) to restore it later.
 
     Raises:
         SysctlError: it is not there, or the kernel refuses.

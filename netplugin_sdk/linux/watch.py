@@ -1,4 +1,4 @@
-"""Watches interfaces that were made here, and publishes to `netplugin_sdk.losses` what somebody else takes away."""
+"""Watches interfaces that were made here, and publishes changes by others to `netplugin_sdk.losses`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IFLA_IFNAME, _IFLA_MASTER = 3, 10
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An interface as it was left: up, a port of the bridge with the index `master`, with at least `addresses`."""
+    """An interface as made here: up, a port of the bridge with index `master`, and with at least these `addresses`."""
 
     index: int
     master: int | None = None
@@ -38,13 +38,14 @@ class Made:
 
 
 class Watch:
-    """One thread, while there is something to watch. `look` says what is wrong with an interface, or None.
+    """One thread, while there are interfaces to watch. `look` says how an interface differs from `Made`; None if not.
 
-    `quiet` is how many seconds after a change it looks: changes come together, and most of them are the SDK's own.
+    It looks `quiet` seconds after a change: changes come in bursts, and most of them are the SDK's own.
     """
 
     def __init__(self, look: Callable[[str, Made], str | None], *, quiet: float = 0.2) -> None:
         self.quiet = quiet
+        """Seconds from a change to a look."""
         self._look = look
         self._lock = threading.Lock()
         self._made: dict[str, Made] = {}
@@ -52,7 +53,7 @@ class Watch:
         self._waker = -1
 
     def watch(self, name: str, made: Made) -> None:
-        """From now on it is to be so. The watch begins in the network namespace of this thread."""
+        """Publish a loss once the interface differs from `made`. The thread starts in the caller's namespace."""
         with self._lock:
             self._made[name] = made
             if self._thread is None:
@@ -64,11 +65,11 @@ class Watch:
                 self._thread.start()
 
     def unwatch(self, name: str) -> None:
-        """It is about to be removed, or changed."""
+        """Stop watching an interface, before it is removed or changed here."""
         self._made.pop(name, None)
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching all interfaces, and end the thread."""
         with self._lock:
             thread, self._thread = self._thread, None
             self._made.clear()
@@ -85,12 +86,12 @@ class Watch:
         closing.register(waker, select.POLLIN)
         with listener:
             while changes.poll() and not closing.poll(self.quiet * 1000):
-                for name in self._suspects(listener):
+                for name in self.suspects(listener):
                     self._verify(name)
         os.close(waker)
 
-    def _suspects(self, listener: socket.socket) -> set[str]:
-        """What the changes may have taken something from."""
+    def suspects(self, listener: socket.socket) -> set[str]:
+        """Read all changes; the names of the interfaces that may have lost something by them."""
         names = {made.index: (name, made) for name, made in tuple(self._made.items())}
         suspects: set[str] = set()
         while True:
@@ -101,7 +102,7 @@ class Watch:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                suspects.update(self._made)  # some changes were not told
+                suspects.update(self._made)  # the kernel has dropped some messages
                 continue
             for kind, body in _messages(data):
                 index = (_ADDRESS if kind == _DELADDR else _LINK).unpack_from(body)[-1 if kind == _DELADDR else 2]
@@ -114,12 +115,12 @@ class Watch:
             if made is None or (wrong := self._look(name, made)) is None:
                 return
         except Exception:
-            _log.exception("cannot look at interface %s", name)
+            _log.exception("cannot check interface %s", name)
             return
         with self._lock:
             if self._made.get(name) is not made:
-                return  # removed or made again meanwhile
-            del self._made[name]  # told once
+                return  # removed or made again since
+            del self._made[name]  # published once
         losses.publish(f"interface {name} {wrong}")
 
 
@@ -131,7 +132,7 @@ def _listener() -> socket.socket:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
-    """Type and body of those that matter."""
+    """Type and body of the messages that matter."""
     view, offset = memoryview(data), 0
     while offset + _HEADER.size <= len(view):
         length, kind, *_ = _HEADER.unpack_from(view, offset)
@@ -144,7 +145,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
 
 
 def _matches(body: memoryview, name: str, made: Made) -> bool:
-    """Whether a link, as RTM_NEWLINK shows it, is up and where it was, by this name: the kernel renames what is up."""
+    """Whether an RTM_NEWLINK message shows a link that is up, with this name and master: a link can be renamed."""
     *_, flags, _change = _LINK.unpack_from(body)
     wanted = {_IFLA_IFNAME: name.encode() + b"\0"}
     if made.master is not None:

@@ -79,29 +79,22 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Those at what others have changed."""
-    found: list[object] = []
-    repair = firewall._repair
-
-    def look(*args: Any) -> None:
-        found.append(args)
-        repair(*args)
-
-    monkeypatch.setattr(firewall, "_repair", look)
-    return found
+def looks() -> Callable[[], int]:
+    """How many there were at what others have changed."""
+    before = firewall.keeper.comparisons
+    return lambda: firewall.keeper.comparisons - before
 
 
 @pytest.fixture
-def lively(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> Callable[[], None]:
+def lively(monkeypatch: pytest.MonkeyPatch, looks: Callable[[], int]) -> Callable[[], None]:
     """It looks soon, also where nobody tells of changes. Waits until what has changed before has been looked at."""
-    monkeypatch.setattr(firewall._keeper, "quiet", 0.02)
-    monkeypatch.setattr(firewall._keeper, "poll", 0.1)
+    monkeypatch.setattr(firewall.keeper, "quiet", 0.02)
+    monkeypatch.setattr(firewall.keeper, "poll", 0.1)
 
     def settle() -> None:
-        before = len(looks)
+        before = looks()
         run("nft", "add table ip telling; delete table ip telling")  # of this it is told last
-        until(lambda: len(looks) > before)
+        until(lambda: looks() > before)
         firewall.settle()
 
     return settle
@@ -204,7 +197,7 @@ def test_who_forwards_only_now_forwards_nothing_else(version: int, caplog: pytes
 def test_where_docker_uses_nftables_forwarding_is_the_administrators(backend: str) -> None:
     firewall.ensure_forwarding(4)
     (SYSCTLS / "ipv4/ip_forward").write_text("0")
-    with pytest.raises(FirewallError, match="with nftables the administrator is to turn forwarding on"):
+    with pytest.raises(FirewallError, match="with nftables the administrator must turn forwarding on"):
         firewall.ensure_forwarding(4)
     assert (SYSCTLS / "ipv4/ip_forward").read_text() == "0\n"
 
@@ -486,12 +479,12 @@ def test_many_threads_and_one_bridge(backend: str) -> None:
 
 def taken(bridge: str) -> bool:
     """Whether what was asked for a new bridge is being done, or is done."""
-    return bridge in firewall._keeper._policies and bridge not in firewall._keeper._asked
+    return bridge in firewall.keeper.policies and bridge not in firewall.keeper.waiting
 
 
 def waits(wish: Policy, answer: Future[None]) -> bool:
     """Whether it has been asked for: it waits for what is being done, or is done already, where there is no lock."""
-    return answer.done() or wish.bridge in firewall._keeper._asked
+    return answer.done() or wish.bridge in firewall.keeper.waiting
 
 
 def test_a_policy_that_is_refused_does_not_hurt_the_others(backend: str) -> None:
@@ -547,7 +540,7 @@ def test_a_flush_is_repaired_and_logged(
     backend: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if backend == "iptables-legacy":
-        monkeypatch.setattr(firewall._keeper, "poll", 0.3)  # it is not told
+        monkeypatch.setattr(firewall.keeper, "poll", 0.3)  # it is not told
     firewall.ensure(FULL)
     firewall.ensure(policy("br-2", internal=True))
     wanted = ours(backend)
@@ -615,24 +608,24 @@ def test_what_others_have_changed_for_themselves_is_kept(
 
 @announced_only
 @pytest.mark.usefixtures("backend")
-def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: list[object]) -> None:
-    monkeypatch.setattr(firewall._keeper, "quiet", 0.0)
+def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: Callable[[], int]) -> None:
+    monkeypatch.setattr(firewall.keeper, "quiet", 0.0)
     for turn in range(5):
         for number in range(3):
             firewall.ensure(policy(f"br-{number}", icc=turn % 2 == 0))
         firewall.delete("br-1")
     for _ in range(2):  # what it is told of it has heard before it answers, and looked at before it answers again
         firewall.settle()
-    assert not looks
+    assert not looks()
     run("nft", "add", "table", "ip", "mine")
-    until(lambda: bool(looks))
+    until(lambda: looks() > 0)
 
 
 @announced_only
 def test_a_change_after_somebody_elses_costs_no_look(
     backend: str, programs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(firewall._keeper, "quiet", 3600.0)  # else the look at theirs may come first
+    monkeypatch.setattr(firewall.keeper, "quiet", 3600.0)  # else the look at theirs may come first
     firewall.ensure(FULL)
     if backend == "nftables":
         run("nft", "add table inet mine; add chain inet mine c; add rule inet mine c accept")
@@ -953,7 +946,7 @@ def test_a_delete_that_is_refused_is_told_also_beside_others(backend: str) -> No
     with ThreadPoolExecutor(3) as threads:
         with held_lock():
             first = threads.submit(firewall.ensure, policy("br-0", internal=True))
-            until(lambda: firewall._keeper._policies["br-0"].internal and taken("br-0"))
+            until(lambda: firewall.keeper.policies["br-0"].internal and taken("br-0"))
             deleted = threads.submit(firewall.delete, "br-1")
             added = threads.submit(firewall.ensure, wish := policy("br-2", subnets=SUBNETS[:1]))
             until(lambda: waits(FULL, deleted) and waits(wish, added))

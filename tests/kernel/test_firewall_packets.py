@@ -445,7 +445,7 @@ def test_a_bridge_that_lets_the_outside_in_does_not_let_in_other_bridges(site: S
 )
 def test_dockers_own_bridges_and_ours(site: Site, chain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an engine that starts after us."""
-    monkeypatch.setattr(firewall._keeper, "poll", 0.1)
+    monkeypatch.setattr(firewall.keeper, "poll", 0.1)
     ours, dockers = site.bridge(1)[0], site.bridge(2, name="docker0")[0]
     firewall.ensure(policy())
     for command in ("iptables", "ip6tables"):

@@ -496,7 +496,7 @@ def test_a_bridge_knows_what_is_behind_its_port() -> None:
             links.ensure_fdb_entry(MAC, name)
         assert f"{MAC} dev {name} master br-t static" in run("bridge", "fdb", "show")
     assert run("bridge", "fdb", "show").count(MAC) == 1, "it has moved"
-    with pytest.raises(LinkError, match=f"interface ve-x: cannot be known as the port of {MAC}: No such device"):
+    with pytest.raises(LinkError, match=f"interface ve-x: cannot add the forwarding entry of {MAC}: No such device"):
         links.ensure_fdb_entry(MAC, "ve-x")
 
 
@@ -566,7 +566,7 @@ def test_a_route(destination: IPNetwork) -> None:
     links.ensure_veth("ve-t", "vc-t")
     links.ensure_veth("ve-u", "vc-u")
     run("ip", "link", "set", "ve-t", "down")
-    with pytest.raises(LinkError, match=f"route to {destination} by ve-t: cannot add: Network is down"):
+    with pytest.raises(LinkError, match=f"route to {destination} on ve-t: cannot add: Network is down"):
         links.ensure_route(destination, "ve-t")
     links.set_up("ve-t")
     for _ in range(2):
@@ -581,7 +581,7 @@ def test_a_route(destination: IPNetwork) -> None:
     assert not links.delete_route(destination, "ve-t")
     assert not links.delete_route(destination, "none")
     assert written not in routes("dev ve-t")
-    with pytest.raises(LinkError, match=f"route to {destination} by none: cannot add: No such device"):
+    with pytest.raises(LinkError, match=f"route to {destination} on none: cannot add: No such device"):
         links.ensure_route(destination, "none")
 
 

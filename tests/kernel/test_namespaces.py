@@ -105,8 +105,8 @@ def test_a_link_goes_in_and_comes_back(make: Make) -> None:
     box.change_routes(routes, [])
     box.change_routes(routes, [])
     assert [route["dst"] for route in shown(box, "route")] == ["10.1.0.0/24"]
-    assert box.give_back("eth7", "vc")
-    assert not box.give_back("eth7", "vc")
+    assert box.move_out("eth7", "vc")
+    assert not box.move_out("eth7", "vc")
     assert links.describe("vc").addresses == ()
     assert links.describe("vc").mac == "02:00:00:00:00:07"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import resource
 import signal
 import socket
@@ -457,24 +456,18 @@ def test_udp_to_a_container_to_which_there_is_no_way_yet() -> None:
 
 
 @pytest.fixture
-def bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Has the relay run with other values of these constants."""
+def bounded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has the next relay run with other settings."""
 
-    def change(**values: object) -> None:
-        text = Path(ports._RELAY).read_text()
-        for name, value in values.items():
-            text, count = re.subn(rf"^{name} = .*", f"{name} = {value}", text, flags=re.MULTILINE)
-            assert count == 1
-        (tmp_path / "linux").mkdir()
-        (tmp_path / "linux/relay.py").write_text(text)
-        monkeypatch.setattr(ports, "_RELAY", str(tmp_path / "linux/relay.py"))
+    def change(**settings: float) -> None:
+        monkeypatch.setattr(ports.settings, "relay", settings)
 
     return change
 
 
 @pytest.mark.usefixtures("repeater")
 def test_an_idle_udp_client_is_forgotten(bounded: Callable[..., None]) -> None:
-    bounded(_IDLE=0.3, _SWEEP=0.05)
+    bounded(idle=0.3, sweep=0.05)
     publish(53, protocol=UDP)
     with client("127.0.0.1") as idle, client("127.0.0.1") as busy:
         for sock in (idle, busy):
@@ -492,7 +485,7 @@ def test_an_idle_udp_client_is_forgotten(bounded: Callable[..., None]) -> None:
 
 @pytest.mark.usefixtures("repeater")
 def test_the_longest_idle_udp_client_makes_room(bounded: Callable[..., None]) -> None:
-    bounded(_MAX_CLIENTS=2)
+    bounded(clients=2)
     publish(53, protocol=UDP)
     with client("127.0.0.1") as one, client("127.0.0.1") as two, client("127.0.0.1") as three:
         for sock in (one, two, one, three, one, two, three):
@@ -502,7 +495,7 @@ def test_the_longest_idle_udp_client_makes_room(bounded: Callable[..., None]) ->
 
 
 def test_more_connections_wait_for_room(serve: Callable[..., socket.socket], bounded: Callable[..., None]) -> None:
-    bounded(_MAX_CONNECTIONS=2)
+    bounded(connections=2)
     serve(echo)
     publish(8080)
     with ExitStack() as stack:
@@ -572,7 +565,7 @@ def test_there_is_one_and_it_is_small() -> None:
 
 
 def test_publishing_does_not_wait_for_it(serve: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_RELAY_TIMEOUT", 0.2)  # what waits kills it then
+    monkeypatch.setattr(ports.settings, "relay_timeout", 0.2)  # what waits kills it then
     serve(echo)
     publish(8080)
     (pid,) = relays()
@@ -632,7 +625,7 @@ def test_release_while_it_is_dead() -> None:
 
 
 def test_one_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_RELAY_TIMEOUT", 0.2)
+    monkeypatch.setattr(ports.settings, "relay_timeout", 0.2)
     publish(8080)
     (pid,) = relays()
     os.kill(pid, signal.SIGSTOP)

@@ -14,7 +14,7 @@ import pytest
 
 from netplugin_sdk import losses
 from netplugin_sdk.linux import links, watch
-from netplugin_sdk.linux.links import addresses, devices, netlink
+from netplugin_sdk.linux.links import addresses, diagnosis, netlink
 
 from ..patience import PATIENCE
 from .lab import Namespace, run
@@ -43,7 +43,7 @@ class Ear:
 @pytest.fixture
 def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
     """With a bridge and a pair on it."""
-    monkeypatch.setattr(devices.watch, "quiet", 0.02)
+    monkeypatch.setattr(diagnosis.watch, "quiet", 0.02)
     links.ensure_bridge("br-1", addresses=ADDRESSES)
     links.ensure_veth("ve", "vc", master="br-1")
     ear = Ear()
@@ -56,13 +56,13 @@ def ear(netns: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ear]:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, what has changed is not looked at."""
-    go_on, look = threading.Event(), watch.Watch._suspects
+    go_on, look = threading.Event(), watch.Watch.suspects
 
     def wait_and_look(self: watch.Watch, listener: socket.socket) -> set[str]:
         go_on.wait()
         return look(self, listener)
 
-    monkeypatch.setattr(watch.Watch, "_suspects", wait_and_look)
+    monkeypatch.setattr(watch.Watch, "suspects", wait_and_look)
     yield go_on
     go_on.set()
 
@@ -199,10 +199,9 @@ def test_a_look_at_what_is_being_removed_tells_no_other_loss() -> None:
             ours = netlink.kernel()
             kernel = Meanwhile(ours, before, lambda: run("ip", "link", "del", "br-1"))
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(devices, "kernel", lambda: kernel)
                 patched.setattr(addresses, "kernel", lambda: kernel)
                 patched.setattr(netlink, "kernel", lambda: kernel)
-                return devices.diagnose("br-1", made), kernel.asked
+                return diagnosis.diagnose("br-1", made), kernel.asked
 
         answer = look()
         links.delete("br-1")

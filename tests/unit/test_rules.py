@@ -383,7 +383,7 @@ few = st.lists(st.sampled_from("abcdef"), max_size=6)
 @given(few, few.map(lambda rules: list(dict.fromkeys(rules))))
 def test_a_chain_of_ours_becomes_the_other_and_loses_nothing_on_the_way(old: list[str], new: list[str]) -> None:
     host = Host.with_chains({("filter", "C"): [f"-m {rule} -j DROP" for rule in old]})
-    lines = iptables._rewrite("C", *([f"-m {rule} -j DROP" for rule in rules] for rules in (old, new)))
+    lines = iptables.rewrite("C", *([f"-m {rule} -j DROP" for rule in rules] for rules in (old, new)))
     host.restore("\n".join(("*filter", *lines, "COMMIT")))
     assert host.chains["filter", "C"] == [f"-m {rule} -j DROP" for rule in new]
     stay = [rule for rule in old if rule in new]

@@ -19,7 +19,7 @@ import pytest
 
 from netplugin_sdk.errors import Unavailable
 from netplugin_sdk.linux import firewall
-from netplugin_sdk.linux.firewall import FirewallError, Policy
+from netplugin_sdk.linux.firewall import FirewallError, KernelAnnouncements, Policy
 from netplugin_sdk.linux.ports import Published
 from netplugin_sdk.values import TransportProtocol
 
@@ -106,9 +106,8 @@ class Announcing:
 
 
 @pytest.fixture
-def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Announcing]:
+def announcing() -> Iterator[Announcing]:
     announcements = Announcing()
-    monkeypatch.setattr(firewall, "_Announcements", announcements)
     yield announcements
     os.close(announcements.read)
     os.close(announcements.write)
@@ -127,7 +126,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(firewall, "time", made)
+    monkeypatch.setattr(firewall.keeper, "clock", made.monotonic)
     return made
 
 
@@ -138,12 +137,10 @@ def turn() -> None:
 
 
 @pytest.fixture(autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remembering]:
+def backend(announcing: Announcing, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remembering]:
     """A keeper of its own, with these two; whatever becomes of it, the others' tests have another one."""
-    request.getfixturevalue("announcing")
-    made, keeper = Remembering(), firewall._Keeper()
-    monkeypatch.setattr(firewall, "_keeper", keeper)
-    monkeypatch.setitem(firewall._BACKENDS, "iptables", made)
+    made = Remembering()
+    monkeypatch.setattr(firewall, "keeper", firewall.Keeper(backends={"iptables": made}, announcements=announcing))
     firewall.use("iptables")
     yield made
     made.gate.set()
@@ -300,7 +297,7 @@ def test_what_was_asked_meanwhile_is_applied_at_once(backend: Remembering) -> No
     asked = [begin(firewall.ensure, on("first"))]
     assert backend.entered.wait(PATIENCE)
     asked += [begin(firewall.ensure, on(f"br-{number}")) for number in range(20)]
-    until(lambda: len(firewall._keeper._asked) == 20)
+    until(lambda: len(firewall.keeper.waiting) == 20)
     backend.gate.set()
     for each in asked:
         each.result(PATIENCE)
@@ -315,7 +312,7 @@ def test_one_that_fails_does_not_hurt_the_others(backend: Remembering, error: Ex
     assert backend.entered.wait(PATIENCE)
     bad = begin(firewall.ensure, on("bad"))
     good = [begin(firewall.ensure, on(f"br-{number}")) for number in range(5)]
-    until(lambda: len(firewall._keeper._asked) == 6)
+    until(lambda: len(firewall.keeper.waiting) == 6)
     backend.gate.set()
     for each in good:
         each.result(PATIENCE)
@@ -331,7 +328,7 @@ def test_where_the_program_cannot_be_had_it_is_not_tried_for_each(backend: Remem
     begin(firewall.ensure, on("first"))
     assert backend.entered.wait(PATIENCE)
     asked = [begin(firewall.ensure, on(name)) for name in ("bad", "br-1", "br-2")]
-    until(lambda: len(firewall._keeper._asked) == 3)
+    until(lambda: len(firewall.keeper.waiting) == 3)
     backend.gate.set()
     for each in asked:
         with pytest.raises(Unavailable, match="has not ended"):
@@ -350,7 +347,7 @@ def test_the_last_word_of_many_is_in_force(backend: Remembering) -> None:
     for each in [begin(often, number) for number in range(6)]:
         each.result(PATIENCE * 2)
     soon(firewall.settle)
-    assert backend.kernel == firewall._keeper._policies
+    assert backend.kernel == firewall.keeper.policies
     assert len(backend.kernel) == 7
 
 
@@ -477,7 +474,7 @@ def test_the_kernel_does_not_let_us_listen(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse() -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(firewall, "_Announcements", refuse)
+    monkeypatch.setattr(firewall.keeper, "announcements", refuse)
     for call in (lambda: firewall.ensure(PLAIN), lambda: firewall.delete("br-1")):
         with pytest.raises((FirewallError, Unavailable), match="not permitted"):
             soon(call)
@@ -503,9 +500,9 @@ def test_a_log_that_fails_does_not_end_the_watch(backend: Remembering, announcin
         raise ValueError("the filter of somebody's logging")
 
     logger = logging.getLogger("netplugin_sdk")
+    before = threading.enumerate()
     soon(firewall.ensure, PLAIN)
-    thread = firewall._keeper._thread
-    assert thread is not None
+    (thread,) = (each for each in threading.enumerate() if each.name == "firewall" and each not in before)
     logger.addFilter(refuse)
     try:
         backend.kernel.clear()
@@ -525,7 +522,7 @@ def test_close_finishes_what_was_asked_for(backend: Remembering) -> None:
     backend.gate.clear()
     soon(firewall.ensure, LESS)
     added = begin(firewall.ensure, on("br-2"))
-    until(lambda: "br-2" in firewall._keeper._policies)
+    until(lambda: "br-2" in firewall.keeper.policies)
     closed = begin(firewall.close)
     with pytest.raises(TimeoutError):
         closed.result(SHORT)
@@ -603,9 +600,9 @@ def test_a_request_between_the_threads_end_and_the_end_of_close(
     backend: Remembering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moment in which the thread looks no more, and the keeper does not know it yet."""
+    before = threading.enumerate()
     soon(firewall.ensure, PLAIN)
-    thread = firewall._keeper._thread
-    assert thread is not None
+    (thread,) = (each for each in threading.enumerate() if each.name == "firewall" and each not in before)
     asked: list[Future[None]] = []
     join = thread.join
 
@@ -629,22 +626,19 @@ def header(kind: int, port: int, *, length: int = 20) -> bytes:
     return firewall_header.pack(length, kind, 0, 1, port) + bytes(length + 3 & ~3)[16:]
 
 
-firewall_header = firewall._Announcements._HEADER
-GENERATION = firewall._Announcements._NEW_GENERATION
+firewall_header = KernelAnnouncements.HEADER
+GENERATION = KernelAnnouncements.NEW_GENERATION
 
 
 @pytest.fixture
 def real_announcements() -> Iterator[Any]:
-    """The class that the autouse fixture has put aside, on a socket pair."""
+    """On a socket pair."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    heard = socket.socket.__new__(REAL)
+    heard = socket.socket.__new__(KernelAnnouncements)
     socket.socket.__init__(heard, fileno=one.detach())
     heard.setblocking(False)
     with heard, other:
         yield heard, other
-
-
-REAL = firewall._Announcements
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Bridges, veth pairs, macvlans, VLANs and routes in the plugin's own network namespace, over netlink.
 
-Every function makes it so if it is not, so it can be run again after a crash at any point. A name that the kernel
-would not take raises `InvalidRequest` before the kernel is asked; whatever the kernel refuses raises `LinkError`.
+Every function brings the interface to a state, whatever it was before, so it can be run again after a crash at any
+point. A name that is not valid raises `InvalidRequest` before the kernel is asked; a refusal of the kernel raises
+`LinkError`.
 All functions may be called from any number of threads.
 
-`netplugin_sdk.losses` publishes what somebody else takes away from an interface that was made here.
+`netplugin_sdk.losses` publishes changes by others to an interface that was made here.
 """
 
 from netplugin_sdk.linux.links.addresses import delete_route, ensure_route, occupied

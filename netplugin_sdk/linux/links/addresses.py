@@ -19,7 +19,7 @@ _MAIN, _UNREACHABLE, _ON_LINK = 254, 7, 253
 
 
 def addresses_of(name: str, index: int) -> tuple[IPv4Interface | IPv6Interface, ...]:
-    """To be asked before the link is: the kernel takes a link from its list, and then the link's addresses away."""
+    """The addresses of an interface. Read them before the link: the kernel deletes a link first, its addresses then."""
     try:
         return tuple(
             # IFA_ADDRESS is the far end of a point-to-point link; IFA_LOCAL, where there is one, is ours.
@@ -35,7 +35,7 @@ def addresses_of(name: str, index: int) -> tuple[IPv4Interface | IPv6Interface, 
 
 
 def add_address(cannot: str, index: int | None, address: IPv4Interface | IPv6Interface) -> None:
-    """Give an interface an address. Raises `LinkError`: what `cannot` be done to it."""
+    """Give an interface an address. Raises `LinkError`, with `cannot` as the start of its text."""
     nodad = _IFA_F_NODAD if address.version == 6 else None
     try:
         kernel().addr(
@@ -47,10 +47,10 @@ def add_address(cannot: str, index: int | None, address: IPv4Interface | IPv6Int
 
 @operation
 def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None = None) -> None:
-    """A route of this host to `destination`, on the link of `interface`.
+    """Add a route of this host to `destination`, on the link of `interface`, unless it exists.
 
-    Without an interface, the destination is unreachable, except where a route to a part of it leads elsewhere. The
-    routes of an interface go when it goes down. Raises `Conflict` if there is another route to the same destination,
+    Without an interface, the destination is unreachable, except parts of it with a route of their own. The routes of an
+    interface go when it goes down. Raises `Conflict` if there is another route to the same destination,
     `LinkError` if there is no such interface or the kernel refuses.
     """
     if interface is not None:
@@ -62,7 +62,7 @@ def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None =
     except NetlinkError as error:
         if error.code != errno.EEXIST:
             raise LinkError(cannot, error) from error
-        # Without `dump_filter` pyroute2 would look through all routes; see _describe.
+        # Without `dump_filter` pyroute2 would look through all routes; see `addresses_of`.
         same = {name: route[name] for name in ("family", "type", "oif") if name in route}
         for found in kernel().route("dump", table=_MAIN, dump_filter=None, **same):
             if (found.get("dst"), found["dst_len"]) == (str(destination.network_address), destination.prefixlen):
@@ -72,7 +72,7 @@ def ensure_route(destination: IPv4Network | IPv6Network, interface: str | None =
 
 @operation
 def delete_route(destination: IPv4Network | IPv6Network, interface: str | None = None) -> bool:
-    """Remove what `ensure_route` made. False if it is not there. Raises `LinkError` if the kernel refuses."""
+    """Remove a route of `ensure_route`. False if there is none. Raises `LinkError` if the kernel refuses."""
     if interface is not None:
         check_name(interface)
     if interface is not None and index_of(interface) is None:
@@ -89,9 +89,9 @@ def delete_route(destination: IPv4Network | IPv6Network, interface: str | None =
 
 @operation
 def occupied() -> tuple[IPv4Network | IPv6Network, ...]:
-    """The networks that this host has addresses in or routes to; not the default route.
+    """The networks that this host has addresses in or routes to, without the default route.
 
-    Raises `LinkError` if the kernel does not tell.
+    Raises `LinkError` if the kernel refuses.
     """
     found: set[IPv4Network | IPv6Network] = set()
     try:
@@ -108,7 +108,7 @@ def occupied() -> tuple[IPv4Network | IPv6Network, ...]:
 
 
 def _route_in_words(destination: IPv4Network | IPv6Network, interface: str | None) -> str:
-    return f"route to {destination}" + (f" by {interface}" if interface else "")
+    return f"route to {destination}" + (f" on {interface}" if interface else "")
 
 
 def _route(cannot: str, destination: IPv4Network | IPv6Network, interface: str | None) -> dict[str, Any]:
@@ -118,5 +118,5 @@ def _route(cannot: str, destination: IPv4Network | IPv6Network, interface: str |
         return described | {"oif": required_index(cannot, interface), "scope": _ON_LINK}
     if destination.version == 4:
         return described | {"type": _UNREACHABLE}
-    # It is the loopback's, which tells it from others when it is deleted: the type does not (ip6_route_del).
+    # It is the loopback's. The kernel finds it by that when it is deleted, not by its type (ip6_route_del).
     return described | {"type": _UNREACHABLE, "oif": required_index(cannot, "lo")}

@@ -1,4 +1,4 @@
-"""Interfaces: bridges, veth pairs, macvlans, VLANs, VXLANs; made, changed, described, removed, and watched."""
+"""Interfaces: bridges, veth pairs, macvlans, VLANs, VXLANs. Makes, changes, describes and removes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 from netplugin_sdk.errors import Conflict, InvalidRequest, NotFound
 from netplugin_sdk.linux.links import netlink
 from netplugin_sdk.linux.links.addresses import add_address, addresses_of
+from netplugin_sdk.linux.links.diagnosis import watch
 from netplugin_sdk.linux.links.netlink import (
+    IFF_UP,
     LinkError,
     a_kind,
     add,
@@ -35,10 +37,9 @@ from netplugin_sdk.linux.links.netlink import (
     operation,
     required_index,
 )
-from netplugin_sdk.linux.watch import Made, Watch
+from netplugin_sdk.linux.watch import Made
 from netplugin_sdk.values import IPAddress
 
-_IFF_UP = 0x1  # linux/if.h
 _IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}  # linux/if_link.h
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
@@ -68,7 +69,7 @@ def ensure_bridge(
     mtu: int | None = None,
     group: int | None = None,
 ) -> None:
-    """A bridge of this name that is up and has at least these `addresses`; an existing bridge is adopted.
+    """Make a bridge that is up and has at least these `addresses`; an existing bridge of this name is adopted.
 
     `mtu` is in bytes; without it a bridge takes the smallest MTU of its ports. `group` is that of a new bridge (``ip
     link set group``). IPv6 addresses skip duplicate address detection, so they can be used at once. A bridge that was
@@ -117,11 +118,11 @@ def ensure_bridge(
 def ensure_veth(
     host: str, inside: str, *, master: str | None = None, mtu: int | None = None, mac: str | None = None
 ) -> None:
-    """A pair of interfaces `host` and `inside`, both here: what enters one leaves the other. `host` is up.
+    """Make a pair of interfaces `host` and `inside`, both here: frames that enter one leave the other. `host` is up.
 
-    `master` is the bridge that `host` becomes a port of, `mtu` (bytes) is set on both ends, `mac` on `inside`; what is
-    None is the kernel's choice for a new pair and left as it is on an existing one. `inside` is for the engine to move
-    into the container's sandbox. If `host` exists and its other end is not here any more, a new pair replaces it.
+    `master` is the bridge that `host` becomes a port of, `mtu` (bytes) is set on both ends, `mac` on `inside`; for
+    None, the kernel chooses on a new pair, and an existing one stays as it is. `inside` is for the engine to move into
+    the container's sandbox. If `host` exists and its other end is not here any more, a new pair replaces it.
 
     Raises `Conflict` if either name belongs to something else, `LinkError` if there is no `master` or the kernel
     refuses.
@@ -138,8 +139,8 @@ def ensure_veth(
     inner = given(mtu=mtu, address=mac)
 
     def create() -> None:  # both ends with everything they need, in one request
-        # A bridge whose own MAC nobody has set takes the lowest of its ports', and would change it with each container
-        # (see ensure_bridge). This one is the lowest of none.
+        # A bridge without a MAC address of its own takes the lowest of its ports', and would change it with each
+        # container (see ensure_bridge). This one is so high that it never is the lowest.
         high = bytes((0xFE, *os.urandom(5))).hex(":")
         kernel().link(
             "add", kind="veth", ifname=host, state="up", address=high, peer={"ifname": inside, **inner}, **outer
@@ -177,9 +178,9 @@ def ensure_macvlan(
     mode: Literal["bridge", "private", "vepa", "passthru"] = "bridge",
     mac: str | None = None,
 ) -> None:
-    """An interface with a MAC address of its own on the network of `parent`, here, for the engine to move (macvlan).
+    """Make a macvlan here, for the engine to move: an interface with its own MAC address on the network of `parent`.
 
-    In mode bridge those of one parent reach each other; nobody on them reaches the host itself. `mac` is as for
+    In mode bridge, the macvlans of one parent reach each other; none of them reaches the host itself. `mac` is as for
     `ensure_veth`; its MTU is the parent's.
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses.
@@ -193,7 +194,7 @@ def ensure_macvlan(
 
 @operation
 def ensure_ipvlan(name: str, parent: str, *, mode: Literal["l2", "l3", "l3s"] = "l2") -> None:
-    """An interface with the MAC address of `parent`, here, for the engine to move (ipvlan).
+    """Make an ipvlan here, for the engine to move: an interface with the MAC address of `parent`.
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses:
     not every kernel has it.
@@ -205,7 +206,7 @@ def ensure_ipvlan(name: str, parent: str, *, mode: Literal["l2", "l3", "l3s"] = 
 
 @operation
 def ensure_vlan(name: str, parent: str, number: int) -> None:
-    """An interface for the frames of `parent` that have this VLAN number (IEEE 802.1Q, 1 to 4094), up.
+    """Make an interface that is up, for the frames of `parent` with this VLAN number (IEEE 802.1Q, 1 to 4094).
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `parent` or the kernel refuses:
     not every kernel has it.
@@ -234,15 +235,15 @@ def ensure_vxlan(
     port: int = 4789,
     mtu: int | None = None,
 ) -> None:
-    """A VXLAN (RFC 7348) of this network identifier, up: what enters it is sent to other hosts in UDP.
+    """Make a VXLAN (RFC 7348) of this network identifier that is up: it sends its frames to other hosts in UDP.
 
-    It learns which host a MAC address is on from what comes from there; `set_flood_destinations` says where it sends
-    before it knows. `master` is the bridge that it becomes a port of, `local` this host's address that it sends from,
-    `port` the UDP port of all hosts, `mtu` is in bytes, of what is inside. Around that come 50 bytes, with IPv6 70.
-    If it exists with another `local` address or `port`, a new one replaces it.
+    It learns the host of a MAC address from the frames that come from there; `set_flood_destinations` says where it
+    sends before that. `master` is the bridge that it becomes a port of, `local` this host's address that it sends from,
+    `port` the UDP port of all hosts, `mtu` is in bytes, of the frames inside. UDP adds 50, with IPv6 70. If it exists
+    with another `local` address or `port`, a new one replaces it.
 
     Raises `Conflict` if the name belongs to something else, `LinkError` if there is no `master` or the kernel refuses,
-    as where this identifier is in use.
+    for example because this identifier is in use.
     """
     check_name(name)
     if not 0 < vni < 1 << 24:
@@ -272,7 +273,7 @@ def ensure_vxlan(
 
 @operation
 def attach(name: str, master: str) -> bool:
-    """Make an interface a port of the bridge `master` and set it up, if it is here. False if there is none of its name.
+    """Make an interface a port of the bridge `master` and set it up. False if there is no such interface here.
 
     Raises `LinkError` if there is no `master` or the kernel refuses.
     """
@@ -294,9 +295,9 @@ def attach(name: str, master: str) -> bool:
 
 @operation
 def set_up(name: str, *, addresses: Iterable[IPv4Interface | IPv6Interface] = (), group: int | None = None) -> bool:
-    """Set an interface up with at least these `addresses`, if it is here. False if there is none of its name.
+    """Set an interface up with at least these `addresses`. False if there is no such interface here.
 
-    `group` is a number that firewall rules know it by (``ip link set group``). IPv6 addresses skip duplicate address
+    `group` is a number for it in firewall rules (``ip link set group``). IPv6 addresses skip duplicate address
     detection. It is watched from now on as if it had been made here. Raises `LinkError` if the kernel refuses.
     """
     check_name(name)
@@ -323,9 +324,9 @@ def set_up(name: str, *, addresses: Iterable[IPv4Interface | IPv6Interface] = ()
 
 @operation
 def move(name: str, namespace: int, new_name: str) -> None:
-    """Move an interface into the network namespace that a descriptor is open on, under another name there.
+    """Move an interface, under a new name, into the network namespace that `namespace`, a descriptor, is open on.
 
-    Raises `NotFound` if there is none of its name, `LinkError` if the kernel refuses.
+    Raises `NotFound` if there is no such interface, `LinkError` if the kernel refuses.
     """
     check_name(name)
     check_name(new_name)
@@ -339,9 +340,9 @@ def move(name: str, namespace: int, new_name: str) -> None:
 
 @operation
 def restore_link(name: str, *, mtu: int, up: bool, without: Iterable[IPv4Interface | IPv6Interface] = ()) -> None:
-    """Leave an interface that was adopted as it was: with this MTU in bytes, up or down, `without` these addresses.
+    """Restore an adopted interface: with this MTU in bytes, up or down, `without` these addresses.
 
-    What is gone already is no error. Raises `LinkError` if the kernel refuses.
+    It is no error if the interface or an address is gone already. Raises `LinkError` if the kernel refuses.
     """
     check_name(name)
     watch.unwatch(name)
@@ -362,7 +363,7 @@ def restore_link(name: str, *, mtu: int, up: bool, without: Iterable[IPv4Interfa
 
 @operation
 def delete(name: str) -> bool:
-    """Remove an interface and, of a veth pair, the other end wherever it is. False if there is none of this name.
+    """Remove an interface and, of a veth pair, the other end wherever it is. False if there is no such interface.
 
     The kernel takes 16 ms for a veth and 36 ms for a bridge. Raises `LinkError` if it refuses.
     """
@@ -385,13 +386,13 @@ def exists(name: str) -> bool:
 
 
 def names() -> frozenset[str]:
-    """Those of all interfaces here."""
+    """The names of all interfaces here."""
     return frozenset(name for _, name in socket.if_nameindex())
 
 
 @operation
 def describe(name: str) -> Link:
-    """What the kernel knows of this interface. Raises `NotFound` if there is none of this name."""
+    """The state of an interface. Raises `NotFound` if there is none of this name, `LinkError` if the kernel refuses."""
     check_name(name)
     index = index_of(name)
     addresses = () if index is None else addresses_of(name, index)
@@ -404,7 +405,7 @@ def describe(name: str) -> Link:
         kind=kind_of(message),
         mtu=message.get("mtu"),
         mac=message.get("address"),
-        up=bool(message["flags"] & _IFF_UP),
+        up=bool(message["flags"] & IFF_UP),
         master=None if master is None else name_of(master),
         addresses=addresses,
     )
@@ -412,7 +413,7 @@ def describe(name: str) -> Link:
 
 @operation
 def with_address(address: IPAddress) -> Link:
-    """The interface that has this address. Raises `NotFound` if none has it."""
+    """The interface with this address. Raises `NotFound` if there is none, `LinkError` if the kernel refuses."""
     try:
         for found in kernel().addr("dump", family=socket.AF_INET if address.version == 4 else socket.AF_INET6):
             has_it = (found.get("local") or found.get("address")) == str(address)
@@ -426,27 +427,11 @@ def with_address(address: IPAddress) -> Link:
 def close() -> None:
     """Wait for the operations under way, then end the worker threads and close their sockets; the next use starts them.
 
-    Done by itself when the interpreter exits. A worker stays in the network namespace of the thread whose call
-    started it: a process that changes its namespace closes first. What was made is no longer watched.
+    Called automatically when the interpreter exits. A worker stays in the network namespace of the thread whose call
+    started it: a process that changes its namespace closes first. Interfaces are no longer watched.
     """
     watch.close()
     netlink.close()
-
-
-@operation
-def diagnose(name: str, made: Made) -> str | None:
-    """What is wrong with an interface that was made here, if anything is."""
-    present = addresses_of(name, made.index) if made.addresses else ()
-    message = message_of(name)
-    if message is None or message["index"] != made.index:
-        return "is gone"
-    if not message["flags"] & _IFF_UP:
-        return "is down"
-    if made.master is not None and message.get("master") != made.master:
-        return "is not a port of its bridge any more"
-    if lost := [str(address) for address in made.addresses if address not in present]:
-        return f"has lost {', '.join(lost)}"
-    return None
 
 
 def _ensure_upon(kind: str, name: str, parent: str, mac: str | None, **attributes: object) -> None:
@@ -471,9 +456,10 @@ def _are_pair(one: Any, other: Any) -> bool:
 
 
 def _mac_of(name: str) -> str:
-    """Of a bridge that is made here and now; the same one if it has to be made again, since containers remember it.
+    """The MAC address for a new bridge: the same if it is made again, since containers remember it.
 
-    And another one elsewhere, since a bridge of this name may stand on the same segment. Locally administered, unicast.
+    Other hosts and namespaces get another one, since they may have a bridge of this name on the same segment. Locally
+    administered, unicast.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     namespace = Path("/proc/thread-self/ns/net").stat().st_ino
@@ -481,5 +467,4 @@ def _mac_of(name: str) -> str:
     return bytes((0x02, *digest)).hex(":")
 
 
-watch = Watch(diagnose)
 atexit.register(close)

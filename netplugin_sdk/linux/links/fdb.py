@@ -24,7 +24,7 @@ _ANY = "00:00:00:00:00:00"  # of a VXLAN's entries for destinations that it has 
 
 @operation
 def set_flood_destinations(name: str, peers: Iterable[IPAddress]) -> None:
-    """Have a VXLAN send to exactly these hosts what it does not know the host of, and broadcasts: a copy to each.
+    """Have a VXLAN send broadcasts, and frames to unknown MAC addresses, to exactly these hosts: one copy to each.
 
     That is head-end replication. Raises `LinkError` if there is no VXLAN of this name or the kernel refuses, as it does
     for an address of another IP version than the VXLAN's own.
@@ -39,14 +39,14 @@ def set_flood_destinations(name: str, peers: Iterable[IPAddress]) -> None:
 
 @operation
 def add_flood_destination(name: str, peer: IPAddress) -> None:
-    """Have a VXLAN send such copies to this host, too. Raises as `set_flood_destinations`."""
+    """Have a VXLAN send such copies to this host too. Raises as `set_flood_destinations`."""
     check_name(name)
     _append(name, str(peer))
 
 
 @operation
 def delete_flood_destination(name: str, peer: IPAddress) -> None:
-    """Have a VXLAN send no copies to this host any more, and forget what it has learned to be there.
+    """Have a VXLAN send no copies to this host any more, and forget the MAC addresses that it has learned there.
 
     Raises as `set_flood_destinations`.
     """
@@ -56,12 +56,12 @@ def delete_flood_destination(name: str, peer: IPAddress) -> None:
 
 @operation
 def ensure_fdb_entry(mac: str, port: str) -> None:
-    """Have a bridge know that this MAC address is behind its port, before a frame has come from there.
+    """Add a forwarding entry: the bridge of `port` sends frames for this MAC address there, before it has learned it.
 
     Raises `LinkError` if there is no such interface, it is not a port of a bridge, or the kernel refuses.
     """
     check_name(port)
-    cannot = f"interface {port}: cannot be known as the port of {mac}"
+    cannot = f"interface {port}: cannot add the forwarding entry of {mac}"
     try:
         kernel().fdb("replace", ifindex=required_index(cannot, port), lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
     except NetlinkError as error:
@@ -69,17 +69,17 @@ def ensure_fdb_entry(mac: str, port: str) -> None:
 
 
 def _append(name: str, *peers: str) -> None:
-    """Many requests in one message to the kernel: by pyroute2, one by one, a thousand peers take 0.3 s, here 5 ms."""
+    """Add entries, many in one message to the kernel: a thousand take 5 ms, and 0.3 s one by one with pyroute2."""
     cannot = f"vxlan {name}: cannot add the entry {_ANY} → "
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
         for first in range(0, len(peers), _MANY):
             some = peers[first : first + _MANY]
             index = required_index(cannot + some[0], name)
             last = len(some) - 1
-            kernel.send(b"".join(_flood_request(index, peer, n, n == last) for n, peer in enumerate(some)))
+            sock.send(b"".join(_flood_request(index, peer, n, n == last) for n, peer in enumerate(some)))
             number = -1
-            while number < last:  # what is refused is told, and the last one always
-                number, error = struct.unpack_from("=8xI4xi", kernel.recv(4096))
+            while number < last:  # the kernel answers refused requests, and always the last one
+                number, error = struct.unpack_from("=8xI4xi", sock.recv(4096))
                 if error:
                     raise LinkError(cannot + some[number], OSError(-error, os.strerror(-error)))
 
@@ -109,7 +109,7 @@ def _entries(name: str) -> Any:
     cannot = f"vxlan {name}: cannot read its entries"
     index = required_index(cannot, name)
     try:
-        # The kernel filters, as for addresses; see _describe.
+        # The kernel filters; see `addresses.addresses_of`.
         return [entry for entry in kernel().fdb("dump", ifindex=index, dump_filter=None) if entry["ifindex"] == index]
     except NetlinkError as error:
         raise LinkError(cannot, error) from error

@@ -1,4 +1,4 @@
-"""The netlink sockets that all operations on links share, and what is read of one interface."""
+"""The netlink sockets that all operations on links share, and the reading of one interface."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from netplugin_sdk.errors import Conflict, DriverError, InvalidRequest
 
+IFF_UP = 0x1  # linux/if.h
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class LinkError(DriverError):
-    """The kernel refused to make, change or remove an interface: which one, what was tried, and the kernel's reason."""
+    """The kernel refused to make, change or remove an interface. The text has its name, the attempt and the reason."""
 
     def __init__(self, what: str, error: NetlinkError | OSError) -> None:
         code, text = error.args[:2]
@@ -32,7 +34,7 @@ class LinkError(DriverError):
 
 
 def operation(function: Callable[P, T]) -> Callable[P, T]:
-    """Run the function in a thread that has a netlink socket, `kernel`; within one that has, at once."""
+    """Run the function in a worker thread, where `kernel` is a netlink socket; if called in one, run it directly."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -77,9 +79,9 @@ class _Workers:
         self._threads: list[threading.Thread] = []
 
     def run(self, job: Callable[[], T]) -> T:
-        """What the job returns or raises."""
+        """Run a job in a worker. Returns or raises as the job does."""
         future: Future[T] = Future()
-        with self._lock:  # never a job behind close()'s end marks
+        with self._lock:  # so that no job comes behind the end marks of close()
             self._jobs.put((future, job))
             if len(self._threads) < self._MAX:
                 thread = threading.Thread(
@@ -109,7 +111,7 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
         except DriverError as error:
             future.set_exception(error)
         except Exception as error:
-            # Not the kernel's answer but a failure to get one: the socket is not to be trusted any more.
+            # Not an answer of the kernel but a failure to get one: do not use this socket any more.
             _close_socket()
             future.set_exception(LinkError("netlink socket", error) if isinstance(error, OSError) else error)
         del found, future, job  # an idle worker keeps nothing alive
@@ -126,7 +128,10 @@ _workers = _Workers()
 
 
 def check_name(name: str) -> None:
-    """What the kernel demands (net/core/dev.c, dev_valid_name), and no ``%``, which makes it pick a number."""
+    """Raise `InvalidRequest` unless a name is valid for the kernel (net/core/dev.c, dev_valid_name) and has no ``%``.
+
+    The kernel would replace that with a number.
+    """
     if (
         not name.isprintable()  # first: neither control characters nor lone surrogates reach encode()
         or set(name) & set(" /:%")
@@ -139,7 +144,7 @@ def check_name(name: str) -> None:
 
 
 def index_of(name: str) -> int | None:
-    """By ioctl: 5 µs, where a netlink request takes 250."""
+    """The index of an interface; None if there is none. By ioctl: 5 µs, where a netlink request takes 250."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -147,7 +152,7 @@ def index_of(name: str) -> int | None:
 
 
 def required_index(cannot: str, master: str) -> int:
-    """The index of an interface. Raises `LinkError`, with what cannot be done, if there is none of this name."""
+    """The index of an interface. Raises `LinkError`, with `cannot` as the start of its text, if there is none."""
     if (index := index_of(master)) is None:
         raise LinkError(cannot, OSError(errno.ENODEV, os.strerror(errno.ENODEV)))
     return index
@@ -157,7 +162,7 @@ def name_of(index: int) -> str | None:
     """The name of an interface; None if it is gone."""
     try:
         return socket.if_indextoname(index)
-    except OSError:  # gone meanwhile
+    except OSError:  # gone
         return None
 
 
@@ -188,8 +193,11 @@ def given(**attributes: object) -> dict[str, Any]:
 
 
 def add(cannot: str, kind: str, name: str, same: Mapping[Any, object], /, **attributes: object) -> Any | None:
-    """"""
-    """None if it is new; else what is there, if it is of this kind and what tells one from another is the same."""
+    """Create an interface. None if it is new; else the message of the existing one.
+
+    The existing one must be of this `kind`, and its attributes must equal `same`: those that tell one interface of the
+    kind from another. Raises `Conflict` if it differs, `NetlinkError` if the kernel refuses.
+    """
     try:
         kernel().link("add", kind=kind, ifname=name, **attributes)
     except NetlinkError as error:
