@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ class Database:
         for number, script in enumerate(migrations[version:], version + 1):
             db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT")
 
-    def read(self, query: str) -> Iterator[tuple[Any, ...]]:
+    def read(self, query: str) -> list[tuple[Any, ...]]:
         """The rows. Raises `Unavailable` if they cannot be read."""
         try:
-            yield from self._db.execute(query)
+            return self._db.execute(query).fetchall()
         except sqlite3.Error as error:
             raise Unavailable(f"cannot use the state file {self.name}: {error}") from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol
 
-from netplugin_sdk.errors import InvalidDriver, InvalidReturn
+from netplugin_sdk.errors import InvalidDriver
 from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
 from netplugin_sdk.protocol.messages import (
     AddressRef,
@@ -51,20 +51,6 @@ class Later:
 
     def __repr__(self) -> str:
         return f"Later({self._call.func!r})"
-
-
-def later(method: str, value: object) -> Later | None:
-    """The work for after the answer in what a method returned. Raises `InvalidReturn` for what is none.
-
-    True and False are none and no mistake: ``return links.delete(bridge)`` has done its work already.
-    """
-    if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, Later):
-        return value
-    raise InvalidReturn(
-        f"{method} returned {value!r:.80}; expected None, or Later(function, ...) for work after the answer"
-    )
 
 
 class DriverView(Protocol):
@@ -415,9 +401,3 @@ class IpamDriver(metaclass=_DriverType):
     @abstractmethod
     def release_address(self, address: AddressRef) -> None:
         """Take the address back (``ReleaseAddress``)."""
-
-
-def overridden(driver: NetworkDriver[Any] | IpamDriver, method: str) -> bool:
-    """Whether the driver's class defines this optional method."""
-    base = NetworkDriver if isinstance(driver, NetworkDriver) else IpamDriver
-    return getattr(type(driver), method) is not getattr(base, method)

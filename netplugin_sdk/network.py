@@ -10,12 +10,12 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Final, Generic
 
 import msgspec
 from typing_extensions import TypeVar
 
-from netplugin_sdk.protocol.messages import EndpointInterface, EndpointOptions, IpamData, JoinRequest, NetworkOptions
+from netplugin_sdk.protocol.messages import CreateEndpoint, CreateNetwork, EndpointInterface, EndpointOptions
 from netplugin_sdk.protocol.options import DriverOptions, from_text
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ DataT = TypeVar("DataT")
 class _Identified(ABC):
     """What networks and endpoints share: an id, and attached data."""
 
-    @property
-    @abstractmethod
-    def id(self) -> str:
+    def __init__(self, id_: str) -> None:
+        self.id: Final = id_
         """Docker's id of it."""
 
     def interface_name(self, prefix: str) -> str:
@@ -86,15 +85,14 @@ def _name(kind: type) -> str:
 class Endpoint(_Identified):
     """A container's attachment to a network, from ``CreateEndpoint`` to ``DeleteEndpoint``."""
 
-    @property
-    @abstractmethod
-    def network_id(self) -> str:
+    def __init__(self, request: CreateEndpoint) -> None:
+        super().__init__(request.endpoint_id)
+        self.network_id: Final = request.network_id
         """The id of its network."""
-
-    @property
-    @abstractmethod
-    def requested(self) -> EndpointInterface:
+        self.requested: Final = request.interface
         """The addresses that the engine gave it: what `create_endpoint` may not fill in."""
+        self.options: Final = request.options
+        """``Options`` of ``CreateEndpoint``: ports, and what ``--driver-opt`` gave."""
 
     @property
     @abstractmethod
@@ -111,11 +109,6 @@ class Endpoint(_Identified):
     def mac_address(self) -> MacAddress | None:
         """Its MAC address; None if neither the engine nor the driver gave one."""
         return self.interface.mac_address
-
-    @property
-    @abstractmethod
-    def options(self) -> EndpointOptions:
-        """``Options`` of ``CreateEndpoint``: ports, and what ``--driver-opt`` gave."""
 
     @property
     @abstractmethod
@@ -145,44 +138,30 @@ class Sandbox(msgspec.Struct, frozen=True):
     key: str
     options: EndpointOptions
 
-    @classmethod
-    def of(cls, request: JoinRequest) -> Sandbox:
-        """The sandbox of a ``Join``."""
-        return cls(request.sandbox_key, request.options)
-
 
 class Network(_Identified, Generic[OptionsT]):
     """A Docker network, from ``CreateNetwork`` to ``DeleteNetwork``."""
 
-    @property
-    @abstractmethod
+    def __init__(self, request: CreateNetwork, options_type: type[OptionsT]) -> None:
+        super().__init__(request.network_id)
+        self._options_type = options_type
+        self.raw_options: Final = request.options
+        """``Options`` of ``CreateNetwork`` as they came."""
+        self.internal: Final = request.options.internal
+        """``--internal``: no traffic to or from outside of the network."""
+        self.ipam: Final = (*request.ipv4_data, *request.ipv6_data)
+        """The address pools, one for each subnet, IPv4 before IPv6."""
+        self.subnets: Final[tuple[IPNetwork, ...]] = tuple(data.pool for data in self.ipam if data.pool.prefixlen)
+        """The subnets; none for the null IPAM driver's ``0.0.0.0/0``."""
+        self.gateways: Final[tuple[IPInterface, ...]] = tuple(
+            data.gateway for data in self.ipam if data.gateway is not None
+        )
+        """The gateway addresses with the prefix lengths of their subnets, as far as IPAM gave any."""
+
+    @cached_property
     def options(self) -> OptionsT:
         """The driver's own ``-o`` options, checked before `create_network` is called."""
-
-    @property
-    @abstractmethod
-    def raw_options(self) -> NetworkOptions:
-        """``Options`` of ``CreateNetwork`` as they came."""
-
-    @property
-    def internal(self) -> bool:
-        """``--internal``: no traffic to or from outside of the network."""
-        return self.raw_options.internal
-
-    @property
-    @abstractmethod
-    def ipam(self) -> tuple[IpamData, ...]:
-        """The address pools, one for each subnet, IPv4 before IPv6."""
-
-    @cached_property
-    def subnets(self) -> tuple[IPNetwork, ...]:
-        """The subnets; none for the null IPAM driver's ``0.0.0.0/0``."""
-        return tuple(data.pool for data in self.ipam if data.pool.prefixlen)
-
-    @cached_property
-    def gateways(self) -> tuple[IPInterface, ...]:
-        """The gateway addresses with the prefix lengths of their subnets, as far as IPAM gave any."""
-        return tuple(data.gateway for data in self.ipam if data.gateway is not None)
+        return self._options_type.parse(self.raw_options.generic)
 
     @property
     @abstractmethod

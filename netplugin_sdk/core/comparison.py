@@ -17,7 +17,6 @@ from netplugin_sdk.core.shared import Shared
 from netplugin_sdk.core.store import StoredEndpoint, StoredNetwork
 from netplugin_sdk.core.teardown import Teardown
 from netplugin_sdk.core.workers import EngineQueries
-from netplugin_sdk.driver import overridden
 from netplugin_sdk.network import OptionsT
 from netplugin_sdk.protocol.messages import Scope
 
@@ -32,7 +31,7 @@ class Comparison(Generic[OptionsT]):
         self._driver, self._store, self._repairs = shared.driver, shared.store, shared.repairs
         self._timings = shared.timings
         self._teardown = teardown
-        self._wants_containers = overridden(shared.driver, "container_attached")
+        self._wants_containers = "container_attached" in shared.defined
         self._queries = None if docker is None else EngineQueries(docker, shared.timings)
         self._missing: dict[str, float] = {}
         """What Docker did not list: since when."""
@@ -93,10 +92,10 @@ class Comparison(Generic[OptionsT]):
         for network in networks.values():
             if network.id in listed:
                 known = True
-                if network.engine != engine:
+                if network.row.engine != engine:
                     self._store.seen_by(network, engine)
                 missing += self._unknown_endpoints(network, docker)
-            elif network.engine in (None, engine):
+            elif network.row.engine in (None, engine):
                 missing.append(network)
         now = time.monotonic()
         self._missing = {record.id: self._missing.get(record.id, now) for record in missing}
@@ -104,7 +103,7 @@ class Comparison(Generic[OptionsT]):
             self._listing.add(engine)
         # Another engine may listen at that socket than the one that uses this plugin.
         ours = engine in self._listing
-        certain = [r for r in missing if ours or (isinstance(r, StoredNetwork) and r.engine is not None)]
+        certain = [r for r in missing if ours or (isinstance(r, StoredNetwork) and r.row.engine is not None)]
         for record in certain:
             if now - self._missing[record.id] >= self._timings.missing_grace:
                 self._repairs.run_logged("remove", record, partial(self._remove, record))
@@ -118,7 +117,7 @@ class Comparison(Generic[OptionsT]):
 
     @staticmethod
     def _unknown_endpoints(network: StoredNetwork[OptionsT], docker: Docker) -> list[StoredEndpoint]:
-        ours = [endpoint for endpoint in network.endpoints.values() if endpoint.intent is None]
+        ours = [endpoint for endpoint in network.endpoints.values() if endpoint.row.intent is None]
         if not ours:
             return []
         try:

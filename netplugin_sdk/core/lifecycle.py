@@ -8,21 +8,19 @@ down that it is done; answers. A method that fails half-way is undone by its opp
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeAlias
 
-from netplugin_sdk.core import calls
+from netplugin_sdk.core import answers, calls
 from netplugin_sdk.core.comparison import Comparison
 from netplugin_sdk.core.shared import Shared
 from netplugin_sdk.core.store import StoredEndpoint, StoredNetwork
 from netplugin_sdk.core.swarm import Allocations, Peers
 from netplugin_sdk.core.teardown import Teardown
-from netplugin_sdk.driver import overridden
 from netplugin_sdk.errors import Conflict, NotFound
 from netplugin_sdk.network import OptionsT, Sandbox
-from netplugin_sdk.protocol import answers, messages
+from netplugin_sdk.protocol import messages
 from netplugin_sdk.protocol.messages import Message, Scope
 
 _log = logging.getLogger("netplugin_sdk")
@@ -51,7 +49,8 @@ class NetworkLifecycle(Generic[OptionsT]):
         peers: Peers[OptionsT],
         allocations: Allocations[OptionsT],
     ) -> None:
-        self._driver, self._store, self._locks = shared.driver, shared.store, shared.locks
+        self._driver, self._defined = shared.driver, shared.defined
+        self._store, self._locks = shared.store, shared.locks
         self._repairs = shared.repairs
         self._teardown = teardown
         self._comparison = comparison
@@ -60,7 +59,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def routes(self) -> Routes:
         """The methods that this driver has. What is missing here is a 404: "method not supported"."""
-        driver, m = self._driver, messages
+        m = messages
         routes: Routes = {
             "GetCapabilities": (m.Nothing, self._get_capabilities),
             "CreateNetwork": (m.CreateNetwork, self._create_network),
@@ -71,12 +70,12 @@ class NetworkLifecycle(Generic[OptionsT]):
             "Join": (m.JoinRequest, self._join),
             "Leave": (m.EndpointRef, self._leave),
         }
-        if overridden(driver, "program_external_connectivity"):
+        if "program_external_connectivity" in self._defined:
             routes["ProgramExternalConnectivity"] = (m.ProgramExternalConnectivity, self._program_external)
             routes["RevokeExternalConnectivity"] = (m.EndpointRef, self._revoke_external)
-        if overridden(driver, "gw_alloc_check"):
+        if "gw_alloc_check" in self._defined:
             routes["GwAllocCheck"] = (m.GwAllocCheck, self._gw_alloc_check)
-        if driver.scope == Scope.GLOBAL:
+        if self._driver.scope == Scope.GLOBAL:
             routes["AllocateNetwork"] = (m.AllocateNetwork, self._allocations.allocate)
             routes["FreeNetwork"] = (m.NetworkRef, self._allocations.free)
         if self._connectivity == Scope.GLOBAL:
@@ -87,8 +86,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     @property
     def _connectivity(self) -> Scope:
         """Only a driver of global connectivity is told of nodes."""
-        discovers = overridden(self._driver, "peer_joined") or overridden(self._driver, "peer_left")
-        return Scope.GLOBAL if discovers else self._driver.scope
+        return Scope.GLOBAL if self._defined & {"peer_joined", "peer_left"} else self._driver.scope
 
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:
         self._allocations.mark_unconfirmed()
@@ -96,7 +94,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             {
                 "Scope": self._driver.scope,
                 "ConnectivityScope": self._connectivity,
-                "GwAllocChecker": overridden(self._driver, "gw_alloc_check"),
+                "GwAllocChecker": "gw_alloc_check" in self._defined,
             }
         )
 
@@ -115,7 +113,7 @@ class NetworkLifecycle(Generic[OptionsT]):
                 network = None
             if network is not None:
                 _refuse_other_content(network, network.row.request, body)
-                if network.intent is None:
+                if network.row.intent is None:
                     if is_swarms:
                         self._forget_stale_endpoints(network)
                     return _DONE
@@ -152,7 +150,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     def _gw_alloc_check(self, request: messages.GwAllocCheck, _body: bytes) -> bytes:
         options: Any = self._driver.options_type.parse(request.options.generic)
-        return messages.encode(answers.gw_alloc_check(self._driver.gw_alloc_check(options, request.options)))
+        return answers.gw_alloc_check(self._driver.gw_alloc_check(options, request.options))
 
     # ------------------------------------------------------------------------------------------------- endpoints
 
@@ -160,7 +158,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         with self._locks.hold(request.network_id):
             calls.refuse_if_late()  # it has waited
             network = self._network(request.network_id)
-            if network.intent is not None:  # its deletion failed, so Docker still has it
+            if network.row.intent is not None:  # its deletion failed, so Docker still has it
                 self._driver.create_network(network)
                 self._store.done(network)
             if (endpoint := self._find_complete_endpoint(request)) is not None:
@@ -168,14 +166,12 @@ class NetworkLifecycle(Generic[OptionsT]):
                 if endpoint.row.answer is not None:
                     return endpoint.row.answer
             endpoint = self._store.new_endpoint(network, request, body)
-            if request.options.port_map and not overridden(self._driver, "program_external_connectivity"):
+            if request.options.port_map and "program_external_connectivity" not in self._defined:
                 _log.warning("%r has ports to publish, and this driver publishes none", endpoint)
             self._store.intend(endpoint, "CreateEndpoint")
             try:
-                filled = answers.create_endpoint(
-                    self._driver.create_endpoint(network, endpoint), requested=request.interface
-                )
-                answer = messages.encode(messages.CreateEndpointAnswer(filled))
+                filled = self._driver.create_endpoint(network, endpoint)
+                answer = answers.create_endpoint(filled, requested=request.interface)
                 calls.commit()
                 self._store.done(endpoint, answer=answer)
             except BaseException:
@@ -195,8 +191,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _endpoint_oper_info(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             endpoint = self._endpoint(request)
-            info = answers.endpoint_oper_info(self._driver.endpoint_oper_info(endpoint.network, endpoint))
-            return messages.encode({"Value": dict(info)})
+            return answers.endpoint_oper_info(self._driver.endpoint_oper_info(endpoint.network, endpoint))
 
     # ------------------------------------------------------------------------------------------ join and leave
 
@@ -209,15 +204,9 @@ class NetworkLifecycle(Generic[OptionsT]):
                 return endpoint.join.answer
             # No intent is written: after a crash every endpoint counts as one that may be joined.
             endpoint.may_be_joined = True
-            network, addresses = endpoint.network, endpoint.addresses
+            network, sandbox = endpoint.network, Sandbox(request.sandbox_key, request.options)
             try:
-                join = answers.join(
-                    self._driver.join(network, endpoint, Sandbox.of(request)),
-                    addresses=addresses,
-                    subnets=[*network.subnets, *(gateway.network for gateway in network.gateways)],
-                    interface_exists=interface_exists,
-                )
-                answer = messages.encode(join.to_wire(addresses, internal=network.internal))
+                answer = answers.join(self._driver.join(network, endpoint, sandbox), network, endpoint)
                 calls.commit()
                 self._store.joined(endpoint, body, answer)
             except BaseException:
@@ -249,7 +238,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             calls.refuse_if_late()  # it has waited
             endpoint = self._endpoint(request)
             known = endpoint.row.external_request
-            if known is not None and endpoint.intent is None and messages.same(known, body):
+            if known is not None and endpoint.row.intent is None and messages.same(known, body):
                 return _DONE
             self._store.intend(endpoint, "ProgramExternalConnectivity", external_request=body)
             try:
@@ -288,7 +277,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         But not what is published: that is programmed again, or revoked, as often as it is asked for.
         """
         found = self._find_endpoint(request)
-        if found is None or found.intent in (None, "ProgramExternalConnectivity", "RevokeExternalConnectivity"):
+        if found is None or found.row.intent in (None, "ProgramExternalConnectivity", "RevokeExternalConnectivity"):
             return found
         self._teardown.resolve_intent(found)
         return self._find_endpoint(request)
@@ -299,15 +288,6 @@ class NetworkLifecycle(Generic[OptionsT]):
             self._network(request.network_id)
             raise NotFound(f"endpoint {request.endpoint_id[:12]} is unknown to this plugin")
         return endpoint
-
-
-def interface_exists(name: str) -> bool:
-    """Whether the network namespace of the plugin has an interface of this name."""
-    try:
-        socket.if_nametoindex(name)
-    except OSError:
-        return False
-    return True
 
 
 def _refuse_other_content(record: object, known: bytes, body: bytes) -> None:

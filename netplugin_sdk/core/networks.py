@@ -29,14 +29,19 @@ class Networks(Generic[OptionsT]):
     """
 
     def __init__(
-        self, driver: NetworkDriver[OptionsT], folder: Path | None, docker: Path | None, timings: Timings
+        self,
+        driver: NetworkDriver[OptionsT],
+        defined: frozenset[str],
+        folder: Path | None,
+        docker: Path | None,
+        timings: Timings,
     ) -> None:
         self._driver = driver
         self._folder = folder
         self._is_open = False
         self._store: Store[Any] = Store(folder, driver.options_type)
         self._repairs = Repairs()
-        shared = Shared(driver, self._store, Locks(timings.call_lock), self._repairs, timings)
+        shared = Shared(driver, defined, self._store, Locks(timings.call_lock), self._repairs, timings)
         try:
             self._teardown = Teardown(shared)
             self._comparison = Comparison(shared, self._teardown, docker)

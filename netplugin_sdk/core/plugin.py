@@ -79,8 +79,7 @@ class Plugin:
         kinds = {_kind(driver): driver for driver in drivers}
         if not drivers or len(kinds) != len(drivers):
             raise TypeError("a plugin takes a NetworkDriver, an IpamDriver, or one of each")
-        for driver in drivers:
-            check_driver(driver)
+        defined = {kind: check_driver(driver) for kind, driver in kinds.items()}
         self._folder = None if state is None else Folder(Path(state))
         self._networks: Networks[Any] | None = None
         self._halves: list[Networks[Any] | Pools] = []
@@ -93,9 +92,9 @@ class Plugin:
             for kind, driver in kinds.items():
                 half: Networks[Any] | Pools
                 if isinstance(driver, NetworkDriver):
-                    half = self._networks = Networks(driver, *where)
+                    half = self._networks = Networks(driver, defined[kind], *where)
                 else:
-                    half = Pools(driver, *where)
+                    half = Pools(driver, defined[kind], *where)
                 self._halves.append(half)
                 half.start()
                 self._routes.update({f"/{kind}.{method}": route for method, route in half.routes.items()})

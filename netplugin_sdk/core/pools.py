@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from netplugin_sdk.core import calls
+from netplugin_sdk.core import answers, calls
 from netplugin_sdk.core.engine_api import Docker
 from netplugin_sdk.core.lifecycle import Routes
 from netplugin_sdk.core.timings import Timings
 from netplugin_sdk.core.workers import EngineQueries, Locks
-from netplugin_sdk.driver import IpamDriver, overridden
+from netplugin_sdk.driver import IpamDriver
 from netplugin_sdk.errors import Unavailable
-from netplugin_sdk.protocol import answers, messages
+from netplugin_sdk.protocol import messages
 from netplugin_sdk.values import IPNetwork
 
 _log = logging.getLogger("netplugin_sdk")
@@ -27,8 +27,7 @@ class UsageReport:
     def __init__(self, driver: IpamDriver, docker: Path | None, timings: Timings) -> None:
         self._driver = driver
         self._timings = timings
-        wanted = docker is not None and overridden(driver, "engine_has")
-        self._queries = EngineQueries(docker, timings) if docker is not None and wanted else None
+        self._queries = None if docker is None else EngineQueries(docker, timings)
 
     def ask(self, delay: float = 0.0) -> None:
         """Ask the engine in `delay` seconds, and again every few minutes."""
@@ -135,11 +134,18 @@ class IpamLifecycle:
 class Pools:
     """The IPAM half of a plugin: a driver with its requests."""
 
-    def __init__(self, driver: IpamDriver, folder: Path | None, docker: Path | None, timings: Timings) -> None:
+    def __init__(
+        self,
+        driver: IpamDriver,
+        defined: frozenset[str],
+        folder: Path | None,
+        docker: Path | None,
+        timings: Timings,
+    ) -> None:
         self._driver = driver
         self._folder = folder
         self._is_open = False
-        self._report = UsageReport(driver, docker, timings)
+        self._report = UsageReport(driver, docker if "engine_has" in defined else None, timings)
         self.routes: Routes = IpamLifecycle(driver, Locks(timings.call_lock), self._report).routes()
         """What can be called, by the method's name."""
 

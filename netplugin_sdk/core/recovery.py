@@ -88,13 +88,13 @@ class Recovery(Generic[OptionsT]):
         with self._shared.locked(network):
             if not self._store.lists(network):
                 return  # deleted meanwhile
-            if network.intent is not None:  # CreateNetwork or DeleteNetwork, which no call will ask for again
-                _log.warning("%r: %s was not finished: removing it", network, network.intent)
+            if network.row.intent is not None:  # CreateNetwork or DeleteNetwork, which no call will ask for again
+                _log.warning("%r: %s was not finished: removing it", network, network.row.intent)
                 self._repairs.count("half_done")
                 self._teardown.delete_network(network)
                 return
             for endpoint in network.endpoints.values():
-                if endpoint.intent is not None:
+                if endpoint.row.intent is not None:
                     resolve = partial(self._teardown.resolve_intent, endpoint)
                     self._repairs.run_logged("finish or undo", endpoint, resolve)
             self._driver.create_network(network)
@@ -102,7 +102,7 @@ class Recovery(Generic[OptionsT]):
                 self._repairs.run_logged("restore", endpoint, partial(self._restore_endpoint, endpoint))
 
     def _restore_endpoint(self, endpoint: StoredEndpoint) -> None:
-        if endpoint.intent is not None:
+        if endpoint.row.intent is not None:
             return
         network = endpoint.network
         if endpoint.join is not None:

@@ -16,9 +16,10 @@ from netplugin_sdk.network import Network, OptionsT
 
 @dataclass(frozen=True)
 class Shared(Generic[OptionsT]):
-    """The driver, what is on disk, a lock for each network, the repairs, and the timings."""
+    """The driver, what it defines, what is on disk, a lock for each network, the repairs, and the timings."""
 
     driver: NetworkDriver[OptionsT]
+    defined: frozenset[str]
     store: Store[OptionsT]
     locks: Locks
     repairs: Repairs

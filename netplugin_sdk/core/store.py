@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeAlias
@@ -30,7 +29,7 @@ from netplugin_sdk.database import Database
 from netplugin_sdk.errors import InvalidRequest, NotFound, Unavailable
 from netplugin_sdk.network import Endpoint, Network, OptionsT, Sandbox
 from netplugin_sdk.protocol import messages
-from netplugin_sdk.protocol.messages import EndpointInterface, EndpointOptions, IpamData, NetworkOptions
+from netplugin_sdk.protocol.messages import EndpointInterface, EndpointOptions
 from netplugin_sdk.values import Container
 
 _log = logging.getLogger("netplugin_sdk")
@@ -172,38 +171,9 @@ class StoredNetwork(Network[OptionsT]):
         """Endpoints that only the file still has."""
         self.is_gone = False
         """Whether its row waits for those of the endpoints that are going, and goes with the last of them."""
-        self._store, self._request, self._options_type = store, request, options_type
+        super().__init__(request, options_type)
+        self._store = store
         self._endpoints: Mapping[str, StoredEndpoint] = MappingProxyType({})
-
-    @property
-    @override
-    def id(self) -> str:
-        return self.row.id
-
-    @property
-    def intent(self) -> Operation | None:
-        """What is half done with it."""
-        return self.row.intent
-
-    @property
-    def engine(self) -> str | None:
-        """Which engine has listed it."""
-        return self.row.engine
-
-    @cached_property
-    @override
-    def options(self) -> OptionsT:
-        return self._options_type.parse(self.raw_options.generic)
-
-    @property
-    @override
-    def raw_options(self) -> NetworkOptions:
-        return self._request.options
-
-    @cached_property
-    @override
-    def ipam(self) -> tuple[IpamData, ...]:
-        return (*self._request.ipv4_data, *self._request.ipv6_data)
 
     @property
     @override
@@ -241,36 +211,17 @@ class StoredEndpoint(Endpoint):
         self.may_be_joined = row.key is not None
         """Whether there may be something for `leave` to undo: a join, or half of one, as always after a restart."""
         self.network: StoredNetwork[Any] = network
-        self._store, self._request = store, request
+        super().__init__(request)
+        self._store = store
         self._answer: bytes | None = _NOT_READ  # of which `_interface` is made
         self._interface = request.interface
-
-    @property
-    @override
-    def id(self) -> str:
-        return self.row.id
-
-    @property
-    def intent(self) -> Operation | None:
-        """What is half done with it."""
-        return self.row.intent
-
-    @property
-    @override
-    def network_id(self) -> str:
-        return self.row.network_id
-
-    @property
-    @override
-    def requested(self) -> EndpointInterface:
-        return self._request.interface
 
     @property
     @override
     def interface(self) -> EndpointInterface:
         if self.row.answer is not None and self.row.answer is not self._answer:
             self._answer = self.row.answer
-            asked = self._request.interface
+            asked = self.requested
             filled = messages.decode(messages.CreateEndpointAnswer, self._answer).interface
             self._interface = EndpointInterface(
                 address=asked.address or filled.address,
@@ -281,13 +232,11 @@ class StoredEndpoint(Endpoint):
 
     @property
     @override
-    def options(self) -> EndpointOptions:
-        return self._request.options
-
-    @property
-    @override
     def sandbox(self) -> Sandbox | None:
-        return None if self.join is None else Sandbox.of(messages.decode(messages.JoinRequest, self.join.request))
+        if self.join is None:
+            return None
+        request = messages.decode(messages.JoinRequest, self.join.request)
+        return Sandbox(request.sandbox_key, request.options)
 
     @property
     @override

@@ -15,13 +15,12 @@ from typing import Generic
 
 import msgspec
 
-from netplugin_sdk.core import calls
+from netplugin_sdk.core import answers, calls
 from netplugin_sdk.core.shared import Shared
-from netplugin_sdk.driver import overridden
 from netplugin_sdk.errors import Conflict, InvalidRequest
 from netplugin_sdk.ipam.number_pool import NumberPool, Strategy
 from netplugin_sdk.network import Network, OptionsT
-from netplugin_sdk.protocol import answers, messages
+from netplugin_sdk.protocol import messages
 from netplugin_sdk.protocol.messages import Node, Scope
 from netplugin_sdk.values import IPAddress
 
@@ -327,13 +326,13 @@ class Peers(Generic[OptionsT]):
             self._tell(node, self._driver.peer_left)
 
     def _tell(self, node: Node, event: Callable[[Network[OptionsT], Node], None]) -> None:
-        if not overridden(self._driver, event.__name__):
+        if event.__name__ not in self._shared.defined:
             return
         done = True
         for network in self._store.networks.values():
             try:
                 with self._shared.locked(network):
-                    if self._store.lists(network) and network.intent is None:
+                    if self._store.lists(network) and network.row.intent is None:
                         event(network, node)
             except BaseException:
                 _log.exception("%s of node %s failed for %r", event.__name__, node.address, network)

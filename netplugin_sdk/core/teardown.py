@@ -11,12 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Generic
 
+from netplugin_sdk.core import answers
 from netplugin_sdk.core.shared import Shared
 from netplugin_sdk.core.store import Operation, StoredEndpoint, StoredNetwork
 from netplugin_sdk.core.workers import SerialWorker
-from netplugin_sdk.driver import Later, later
+from netplugin_sdk.driver import Later
 from netplugin_sdk.network import OptionsT
-from netplugin_sdk.protocol import answers
 
 _log = logging.getLogger("netplugin_sdk")
 
@@ -105,7 +105,7 @@ class Teardown(Generic[OptionsT]):
 
     def delete_endpoint(self, endpoint: StoredEndpoint) -> None:
         """Remove an endpoint, whatever it has, completely. Its network is locked."""
-        if endpoint.intent != "CreateEndpoint":
+        if endpoint.row.intent != "CreateEndpoint":
             self._store.intend(endpoint, "DeleteEndpoint")
         if (work := self._delete_endpoint(endpoint)) is not None:
             work()
@@ -113,9 +113,9 @@ class Teardown(Generic[OptionsT]):
 
     def resolve_intent(self, endpoint: StoredEndpoint) -> None:
         """Finish or undo what is half done with an endpoint. Its network is locked."""
-        _log.warning("%r: %s was not finished: finishing or undoing it", endpoint, endpoint.intent)
+        _log.warning("%r: %s was not finished: finishing or undoing it", endpoint, endpoint.row.intent)
         self._repairs.count("half_done")
-        match endpoint.intent:
+        match endpoint.row.intent:
             case "CreateEndpoint" | "DeleteEndpoint":
                 self.delete_endpoint(endpoint)
             case "Leave":
@@ -153,10 +153,10 @@ class Teardown(Generic[OptionsT]):
     # ------------------------------------------------------------------------------------------ the driver's methods
 
     def _delete_network(self, network: StoredNetwork[OptionsT]) -> Later | None:
-        return later("delete_network", self._driver.delete_network(network))
+        return answers.later("delete_network", self._driver.delete_network(network))
 
     def _delete_endpoint(self, endpoint: StoredEndpoint) -> Later | None:
         self._revoke_within(endpoint, "DeleteEndpoint")
         if endpoint.may_be_joined:
             self.leave(endpoint)
-        return later("delete_endpoint", self._driver.delete_endpoint(endpoint.network, endpoint))
+        return answers.later("delete_endpoint", self._driver.delete_endpoint(endpoint.network, endpoint))

@@ -114,7 +114,7 @@ class _Network:
     def _facts(self, interfaces: tuple[Interface, ...], endpoints: set[str]) -> Iterator[Fact]:
         known, listed = self.known, self.listed
         yield _presence(
-            self.has_state, known is not None, self.has_docker, listed is not None, known.intent if known else None
+            self.has_state, known is not None, self.has_docker, listed is not None, known.row.intent if known else None
         )
         yield Fact.compared(
             "subnets",
@@ -178,7 +178,7 @@ class _Network:
                 known is not None,
                 self.has_docker and self.listed is not None,
                 listed is not None,
-                known.intent if known else None,
+                known.row.intent if known else None,
             ),
             *_container(known, listed),
             *_addresses(known, listed, inside),

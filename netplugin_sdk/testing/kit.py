@@ -160,9 +160,9 @@ def own_namespace() -> Iterator[None]:
 @pytest.fixture
 def any_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interfaces that `join` names count as there: for tests of a driver without a kernel."""
-    from netplugin_sdk.core import lifecycle  # noqa: PLC0415
+    from netplugin_sdk.core import answers  # noqa: PLC0415
 
-    monkeypatch.setattr(lifecycle, "interface_exists", lambda _name: True)
+    monkeypatch.setattr(answers, "interface_exists", lambda _name: True)
 
 
 @pytest.fixture

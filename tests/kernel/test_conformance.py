@@ -478,9 +478,9 @@ FORGETFUL = """
 import sys
 from pathlib import Path
 from netplugin_sdk import Plugin, Server
-from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import answers
 from tests.kernel.test_conformance import Paper
-lifecycle.interface_exists = lambda name: True
+answers.interface_exists = lambda name: True
 with Plugin(Paper()) as plugin, Server(plugin) as server:
     server.listen_unix(Path(sys.argv[1]))
     server.run()
@@ -489,9 +489,9 @@ LOSING_ENDPOINTS = """
 import sqlite3, sys
 from pathlib import Path
 from netplugin_sdk import serve
-from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import answers
 from tests.kernel.test_conformance import Paper
-lifecycle.interface_exists = lambda name: True
+answers.interface_exists = lambda name: True
 if (file := Path(sys.argv[2]) / "state.db").exists():
     db = sqlite3.connect(file)
     for table in ("endpoints", "joins"):

@@ -139,7 +139,7 @@ if {killed}:
     engine, known = engine.again()
     said.append(known)
 else:
-    said.append([n.id[0] for n in engine.driver.networks.values() if n.intent is None])
+    said.append([n.id[0] for n in engine.driver.networks.values() if n.row.intent is None])
 engine.driver.midway = fail
 said += [engine("CreateEndpoint"), engine.made()]
 fail(False)

@@ -36,7 +36,7 @@ from netplugin_sdk import (
     Scope,
     SkipGateway,
 )
-from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import answers
 from netplugin_sdk.serving.http import Limits
 from netplugin_sdk.serving.loop import Server
 from netplugin_sdk.values import IPInterface
@@ -136,7 +136,7 @@ LIMITS = Limits(head=8_192, body=65_536, request_time=1.0, connections=64)
 
 def main() -> None:
     logging.basicConfig(level=logging.ERROR)
-    setattr(lifecycle, "interface_exists", bool)  # noqa: B010  # as in conftest.py: any name
+    setattr(answers, "interface_exists", bool)  # noqa: B010  # as in conftest.py: any name
     with plugin() as served, Server(served, LIMITS) as server:
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
         server.listen_unix(Path(sys.argv[1]))

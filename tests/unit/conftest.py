@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import answers
 
 
 @pytest.fixture(autouse=True, scope="session")
 def any_interface_exists() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lifecycle, "interface_exists", lambda _name: True)
+        patched.setattr(answers, "interface_exists", lambda _name: True)
         yield

@@ -42,7 +42,7 @@ from netplugin_sdk import (
     SkipGateway,
     StaticRoute,
 )
-from netplugin_sdk.core import lifecycle
+from netplugin_sdk.core import answers
 
 from .lab import ENDPOINT, NETWORK, Docker, create_endpoint, create_network, joining, of
 
@@ -204,7 +204,7 @@ RETURNS: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("method", "value", "line"), RETURNS, ids=[f"{m}: {t[:60]}" for m, _, t in RETURNS])
 def test_what_a_method_returns(method: str, value: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "interface_exists", lambda name: name == "vc-1")
+    monkeypatch.setattr(answers, "interface_exists", lambda name: name == "vc-1")
     driver = Manager(**{method: value}) if method == "allocate_network" else Author(**{method: value})
     with Plugin(driver) as plugin:
         docker = Docker(plugin)

@@ -153,9 +153,9 @@ def test_a_plugin_that_is_killed_and_started_again(tmp_path: Path) -> None:
     socket = tmp_path / "p.sock"
     program = tmp_path / "plugin.py"
     program.write_text(
-        "from netplugin_sdk import serve\nfrom netplugin_sdk.core import lifecycle\n"
+        "from netplugin_sdk import serve\nfrom netplugin_sdk.core import answers\n"
         "from tests.unit.test_cli import Paper\n"
-        "lifecycle.interface_exists = lambda _: True\n"  # as in conftest.py
+        "answers.interface_exists = lambda _: True\n"  # as in conftest.py
         f"serve(Paper(), name='p', socket_path={str(socket)!r}, state={str(tmp_path / 'state')!r}, docker=None)\n"
     )
     root = Path(__file__).parents[2]

@@ -489,7 +489,7 @@ def test_an_endpoint_that_could_not_be_undone_is_never_whole(tmp_path: Path, dri
         docker.refused("CreateEndpoint", create_endpoint())
         docker.refused("ProgramExternalConnectivity", publishing())
         stored: Any = driver.networks[NETWORK].endpoints[ENDPOINT]
-        assert stored.intent == "CreateEndpoint"
+        assert stored.row.intent == "CreateEndpoint"
         driver.fails = {}
         assert docker.refused("ProgramExternalConnectivity", publishing())[0] == 422
     assert intents(tmp_path) == []

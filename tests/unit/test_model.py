@@ -632,5 +632,5 @@ def test_any_sequence_goes_as_the_naive_model_says(caplog: pytest.LogCaptureFixt
 def _intent(endpoint: Endpoint) -> str | None:
     """What is half done with it, as it is on disk."""
     stored: Any = endpoint
-    intent: str | None = stored.intent
+    intent: str | None = stored.row.intent
     return intent

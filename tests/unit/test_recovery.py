@@ -191,7 +191,7 @@ def served_and_listed(engine: Listed, serve: Serve) -> tuple[Recorder, Docker]:
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: stored(driver)[NETWORK].engine, "the list to be seen")
+    wait_for(lambda: stored(driver)[NETWORK].row.engine, "the list to be seen")
     return driver, docker
 
 
@@ -201,7 +201,7 @@ def test_a_network_that_docker_has_forgotten_is_removed(engine: Listed, serve: S
     engine.networks = {NETWORK: {}, OTHER_NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker("CreateNetwork", create_network(OTHER_NETWORK))
-    wait_for(lambda: all(n.engine for n in stored(driver).values()), "the list to be seen")
+    wait_for(lambda: all(n.row.engine for n in stored(driver).values()), "the list to be seen")
     del engine.networks[NETWORK]
     docker.plugin.reconcile()
     wait_for(lambda: set(driver.networks) == {OTHER_NETWORK}, "the removal")
@@ -289,7 +289,7 @@ def test_what_is_missing_for_a_moment_only_stays(engine: Listed, serve: Serve) -
     wait_for(lambda: NETWORK in half(docker)._comparison._missing, "a look that misses it")
     engine.networks[NETWORK] = {}
     docker.plugin.reconcile()
-    wait_for(lambda: stored(driver)[NETWORK].engine, "the next look")
+    wait_for(lambda: stored(driver)[NETWORK].row.engine, "the next look")
     assert len(driver.networks) == 2
 
 
@@ -337,7 +337,7 @@ def test_a_swarms_network_that_is_asked_for_again_stays(engine: Listed, serve: S
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: stored(driver)[NETWORK].engine, "the first look")
+    wait_for(lambda: stored(driver)[NETWORK].row.engine, "the first look")
     engine.networks, engine.elsewhere = {}, {NETWORK}
     docker.plugin.reconcile()
     wait_for(lambda: NETWORK in half(docker)._comparison._missing, "the next look")
@@ -359,7 +359,7 @@ def test_a_network_that_is_asked_for_while_its_removal_waits_stays(
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
     docker.run()
-    wait_for(lambda: stored(driver)[NETWORK].engine, "the first look")
+    wait_for(lambda: stored(driver)[NETWORK].row.engine, "the first look")
     entered, go_on, removes = threading.Event(), threading.Event(), threading.Event()
     remove = Comparison._remove
 
@@ -654,7 +654,7 @@ def test_docker_is_not_asked_from_inside_a_call(
     docker = serve(driver)
     engine.networks = {NETWORK: {}}
     docker("CreateNetwork", create_network())
-    wait_for(lambda: stored(driver)[NETWORK].engine, "the SDK's own question")
+    wait_for(lambda: stored(driver)[NETWORK].row.engine, "the SDK's own question")
     engine.asked.clear()
     status, text = docker.refused("CreateEndpoint", create_endpoint())
     assert status == 500

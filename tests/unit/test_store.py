@@ -561,7 +561,7 @@ def test_what_docker_told_is_no_data_of_the_authors(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
     store = Store(tmp_path, Options)
     network = store.networks[NETWORK]
-    assert (network.engine, network.attached(Tunnel)) == ("e1", TUNNEL)
+    assert (network.row.engine, network.attached(Tunnel)) == ("e1", TUNNEL)
     endpoint = network.endpoints[ENDPOINT]
     assert endpoint.container == Container(**container)
     store.close()

@@ -1,22 +1,25 @@
-"""What an author's method returned, checked before it goes to Docker: one line that names method, field and value.
+"""From what an author's method returned to the body of the answer, or to one line that says what is wrong with it.
 
-Docker would refuse it later, in its own terms, or take it and leave a container without a network. Each function takes
-what the method returned and gives it back; it raises `InvalidReturn`.
+Docker would refuse it later, in its own terms, or take it and leave a container without a network. Each function raises
+`InvalidReturn`, which names method, field and value. Those whose value the caller needs itself give it back, checked.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import socket
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from netplugin_sdk.driver import Later
 from netplugin_sdk.errors import InvalidReturn
 from netplugin_sdk.protocol import messages
 from netplugin_sdk.protocol.messages import EndpointInterface, Join, Pool, SkipGateway, StaticRoute
 from netplugin_sdk.values import MacAddress
 
 if TYPE_CHECKING:
+    from netplugin_sdk.network import Endpoint, Network
     from netplugin_sdk.values import IPInterface, IPNetwork
 
 _IFNAMSIZ = 15  # bytes of a name, without the NUL (linux/if.h)
@@ -26,17 +29,8 @@ _GATEWAY = "com.docker.network.gateway"  # moby daemon/libnetwork/netlabel
 _CIDR = re.compile(r"[0-9a-fA-F:.]+/[0-9]{1,3}")  # of Go's net.ParseCIDR, which reads no netmask
 
 
-def join(
-    value: object,
-    *,
-    addresses: Iterable[IPInterface],
-    subnets: Iterable[IPNetwork],
-    interface_exists: Callable[[str], bool],
-) -> Join:
-    """What `join` returned for an endpoint of these addresses, on a network of these subnets.
-
-    `interface_exists` says whether the plugin's network namespace has an interface of a name.
-    """
+def join(value: object, network: Network[Any], endpoint: Endpoint) -> bytes:
+    """Of what `join` returned."""
     if value is None:
         _wrong("join", None, "a Join: is there a `return`?")
     if not isinstance(value, Join):
@@ -54,8 +48,18 @@ def join(
     kinds = (IPv4Address, IPv6Address)  # interface addresses are addresses, too
     given = _items("gateways", value.gateways, kinds, "IP addresses, such as Network.gateways")
     checked = Join(value.interface, value.prefix, given, routes, value.gateway_service)
-    _check_gateways(checked, tuple(addresses), tuple(subnets))
-    return checked
+    addresses = endpoint.addresses
+    _check_gateways(checked, addresses, network)
+    return messages.encode(checked.to_wire(addresses, internal=network.internal))
+
+
+def interface_exists(name: str) -> bool:
+    """Whether the network namespace of the plugin has an interface of this name."""
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
 
 
 def _check_name(name: object) -> None:
@@ -90,25 +94,25 @@ def _check_route(route: StaticRoute) -> None:
         _wrong("join", hop, f"an IPv{route.destination.version} address", "static_routes.next_hop")
 
 
-def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], subnets: tuple[IPNetwork, ...]) -> None:
+def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], network: Network[Any]) -> None:
     """The kernel refuses a gateway that no route leads to, and the container does not start.
 
     Where it is in a subnet of the network, and the endpoint is not, IPAM is wrong, not the driver.
     """
-    reached = [route.destination for route in join.static_routes if route.next_hop is None] + list(subnets)
+    reached = [route.destination for route in join.static_routes if route.next_hop is None]
+    reached += [*network.subnets, *(gateway.network for gateway in network.gateways)]
     for gateway in join.default_gateways(addresses).values():
         own = [address.network for address in addresses if address.version == gateway.version]
-        if not own or gateway.is_link_local or any(gateway in network for network in own + reached):
+        if not own or gateway.is_link_local or any(gateway in subnet for subnet in own + reached):
             continue
-        subnet = " or ".join(map(str, own))
-        expected = f"addresses in the endpoint's subnet {subnet}, or in a static route to the link"
+        expected = f"addresses in the endpoint's subnet {' or '.join(map(str, own))}, or in a static route to the link"
         _wrong("join", gateway, expected, "gateways")
 
 
-def create_endpoint(value: object, *, requested: EndpointInterface) -> EndpointInterface:
-    """What `create_endpoint` returned, without what it repeats of the request."""
+def create_endpoint(value: object, *, requested: EndpointInterface) -> bytes:
+    """Of what `create_endpoint` returned, without what it repeats of the request."""
     if value is None:
-        return EndpointInterface()
+        value = EndpointInterface()
     if not isinstance(value, EndpointInterface):
         _wrong("create_endpoint", value, "an EndpointInterface or None")
     new: dict[str, Any] = {}
@@ -127,24 +131,35 @@ def create_endpoint(value: object, *, requested: EndpointInterface) -> EndpointI
     mac = new.get("mac_address")
     if mac is not None and (mac.packed[0] & 1 or not any(mac.packed)):
         _wrong("create_endpoint", mac, "the address of one interface, not of a group", "mac_address")
-    return EndpointInterface(**new)
+    return messages.encode(messages.CreateEndpointAnswer(EndpointInterface(**new)))
 
 
-def endpoint_oper_info(value: object) -> Mapping[str, Any]:
-    """What `endpoint_oper_info` returned."""
+def endpoint_oper_info(value: object) -> bytes:
+    """Of what `endpoint_oper_info` returned."""
     if not isinstance(value, Mapping):
         _wrong("endpoint_oper_info", value, "a mapping")
     try:
-        messages.encode(dict(value))
+        return messages.encode({"Value": dict(value)})
     except (TypeError, ValueError, RecursionError) as error:
         _wrong("endpoint_oper_info", value, f"values that have a JSON form ({error})")
-    return value
 
 
-def gw_alloc_check(value: object) -> SkipGateway:
-    """What `gw_alloc_check` returned."""
+def gw_alloc_check(value: object) -> bytes:
+    """Of what `gw_alloc_check` returned."""
     if not isinstance(value, SkipGateway):
         _wrong("gw_alloc_check", value, "a SkipGateway")
+    return messages.encode(value)
+
+
+def later(method: str, value: object) -> Later | None:
+    """The work for after the answer in what a method returned.
+
+    True and False are none and no mistake: ``return links.delete(bridge)`` has done its work already.
+    """
+    if value is None or isinstance(value, bool):
+        return None
+    if not isinstance(value, Later):
+        _wrong(method, value, "None, or Later(function, ...) for work after the answer")
     return value
 
 
