@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Final, Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from netplugin_sdk.protocol.messages import CreateEndpoint, CreateNetwork, EndpointInterface, EndpointOptions
+from netplugin_sdk.protocol.messages import (
+    CreateEndpoint,
+    CreateNetwork,
+    EndpointInterface,
+    EndpointOptions,
+    IpamData,
+    NetworkOptions,
+)
 from netplugin_sdk.protocol.options import DriverOptions, from_text
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ class _Identified(ABC):
     """What networks and endpoints share: an id, and attached data."""
 
     def __init__(self, id_: str) -> None:
-        self.id: Final = id_
+        self.id: Final[str] = id_
         """Docker's id of it."""
 
     def interface_name(self, prefix: str) -> str:
@@ -87,11 +94,11 @@ class Endpoint(_Identified):
 
     def __init__(self, request: CreateEndpoint) -> None:
         super().__init__(request.endpoint_id)
-        self.network_id: Final = request.network_id
+        self.network_id: Final[str] = request.network_id
         """The id of its network."""
-        self.requested: Final = request.interface
+        self.requested: Final[EndpointInterface] = request.interface
         """The addresses that the engine gave it: what `create_endpoint` may not fill in."""
-        self.options: Final = request.options
+        self.options: Final[EndpointOptions] = request.options
         """``Options`` of ``CreateEndpoint``: ports, and what ``--driver-opt`` gave."""
 
     @property
@@ -145,11 +152,11 @@ class Network(_Identified, Generic[OptionsT]):
     def __init__(self, request: CreateNetwork, options_type: type[OptionsT]) -> None:
         super().__init__(request.network_id)
         self._options_type = options_type
-        self.raw_options: Final = request.options
+        self.raw_options: Final[NetworkOptions] = request.options
         """``Options`` of ``CreateNetwork`` as they came."""
-        self.internal: Final = request.options.internal
+        self.internal: Final[bool] = request.options.internal
         """``--internal``: no traffic to or from outside of the network."""
-        self.ipam: Final = (*request.ipv4_data, *request.ipv6_data)
+        self.ipam: Final[tuple[IpamData, ...]] = (*request.ipv4_data, *request.ipv6_data)
         """The address pools, one for each subnet, IPv4 before IPv6."""
         self.subnets: Final[tuple[IPNetwork, ...]] = tuple(data.pool for data in self.ipam if data.pool.prefixlen)
         """The subnets; none for the null IPAM driver's ``0.0.0.0/0``."""
