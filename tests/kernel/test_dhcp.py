@@ -20,6 +20,7 @@ import pytest
 from netplugin_dhcp import leases
 from netplugin_dhcp.driver import DhcpDriver
 from netplugin_dhcp.lease import Lease
+from netplugin_dhcp.leases import Waits
 
 from netplugin_sdk import Container, DriverError, MacAddress, Plugin
 from netplugin_sdk.linux import firewall, links
@@ -113,6 +114,7 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._died = folder.with_name("died")
+        self._waits = Waits()
         self.start()
 
     def start(self) -> None:
@@ -120,13 +122,18 @@ class Stage:
             shutil.rmtree(self._folder)
             self._died.rename(self._folder)
         self.driver = DhcpDriver()
+        self.driver.leases.waits = self._waits
         self.plugin = Plugin(self.driver, state=self._folder)
         self.ask = Docker(self.plugin)
+
+    def wait(self, waits: Waits) -> None:
+        """How long is waited from now on, after a restart, too."""
+        self._waits = self.driver.leases.waits = waits
 
     def kill(self) -> None:
         """What is in the kernel and on disk stays."""
         self.plugin.close()
-        self.driver._leases.close()
+        self.driver.leases.close()
         firewall.close()
         links.close()
 
@@ -380,14 +387,9 @@ def test_another_server_may_go_on_with_a_lease(lan: Lan, stage: Stage, namespace
 
 
 def test_a_server_that_is_silent_for_a_while(
-    lan: Lan,
-    stage: Stage,
-    namespace: Callable[[], Namespace],
-    said: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], said: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr(leases, "_PATIENCE", 1.0)
-    monkeypatch.setattr(leases, "_SILENCE", 1.0)
+    stage.wait(Waits(exchange=1.0, silence=1.0))
     lan.serve(*SHORT)
     stage.ask("CreateNetwork", network(bridge="br0"))
     address = start(stage, namespace())
@@ -398,25 +400,21 @@ def test_a_server_that_is_silent_for_a_while(
     assert said() == [f"{what}: the DHCP server does not answer", f"{what}: no DHCP server prolongs it"]
     assert lease_of(stage) == first
     lan.serve(*SHORT)
-    stage.driver._leases.rename(f"vc-{ENDPOINT[:12]}", "web")  # else it waits for half the time that is left
+    stage.driver.leases.rename(f"vc-{ENDPOINT[:12]}", "web")  # else it waits for half the time that is left
     wait_until(lambda: lease_of(stage).expiry > first.expiry, 20)
 
 
 def test_a_lease_that_the_server_refuses_is_told_of_and_tried_for_again(
-    lan: Lan,
-    stage: Stage,
-    namespace: Callable[[], Namespace],
-    said: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], said: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr(leases, "_SILENCE", 0.5)
+    stage.wait(Waits(silence=0.5))
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
     container = namespace()
     address = start(stage, container)
     first = lease_of(stage)
     lan.serve("--dhcp-authoritative", range_="192.168.7.10,192.168.7.20")
-    stage.driver._leases.rename(f"vc-{ENDPOINT[:12]}", "web")  # so it asks at once
+    stage.driver.leases.rename(f"vc-{ENDPOINT[:12]}", "web")  # so it asks at once
     wait_until(lambda: len(said()) >= 2, 20)
     refused, offered = said()[:2]
     assert refused.startswith(f"lease of {address} for vc-{ENDPOINT[:12]}: the DHCP server refuses it: ")
@@ -450,7 +448,7 @@ def test_a_lease_that_has_expired_is_regained(lan: Lan, stage: Stage, namespace:
 def test_a_lease_is_renewed_in_time_though_the_host_slept(
     lan: Lan, stage: Stage, namespace: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "_STEP", 0.1)
+    stage.wait(Waits(clock=0.1))
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
     start(stage, namespace())
@@ -502,13 +500,9 @@ def test_a_plugin_that_was_killed_goes_on_with_its_leases(
 
 
 def test_a_plugin_that_starts_again_without_a_server_keeps_the_lease(
-    lan: Lan,
-    stage: Stage,
-    namespace: Callable[[], Namespace],
-    said: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], said: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr(leases, "_PATIENCE", 1.0)
+    stage.wait(Waits(exchange=1.0))
     lan.serve()
     stage.ask("CreateNetwork", network(bridge="br0"))
     address = start(stage, namespace())
@@ -518,7 +512,7 @@ def test_a_plugin_that_starts_again_without_a_server_keeps_the_lease(
     wait_until(lambda: len(said()) > 0, 20)
     assert said() == [f"lease of {address} for vc-{ENDPOINT[:12]}: no DHCP server confirms it"]
     lan.serve()
-    stage.driver._leases.rename(f"vc-{ENDPOINT[:12]}", "web")
+    stage.driver.leases.rename(f"vc-{ENDPOINT[:12]}", "web")
     wait_until(lambda: [*lan.leases().values()] == [(str(address.ip), "web")], 20)
 
 
@@ -577,13 +571,9 @@ def test_a_bridge_that_was_made_anew_gets_its_containers_back(
 
 
 def test_a_lease_is_released_with_its_endpoint(
-    lan: Lan,
-    stage: Stage,
-    namespace: Callable[[], Namespace],
-    said: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    lan: Lan, stage: Stage, namespace: Callable[[], Namespace], said: Callable[[], list[str]]
 ) -> None:
-    monkeypatch.setattr(leases, "_MISSING", (0.1, 0.2))
+    stage.wait(Waits(missing_min=0.1, missing_max=0.2))
     lan.serve(*SHORT)
     stage.ask("CreateNetwork", network(bridge="br0"))
     container = namespace()

@@ -44,7 +44,7 @@ class DhcpDriver(NetworkDriver[Options]):
     """
 
     def __init__(self) -> None:
-        self._leases = Leases()
+        self.leases = Leases()
 
     # ------------------------------------------------------------------------------------------------- networks
 
@@ -88,7 +88,7 @@ class DhcpDriver(NetworkDriver[Options]):
             endpoint.attach(lease)  # before it is ours, so that it is given back should this process die
 
         try:
-            lease = self._leases.obtain(mac, offered, wanted=wanted, timeout=options.timeout)
+            lease = self.leases.obtain(mac, offered, wanted=wanted, timeout=options.timeout)
         except TimeoutError:
             raise Unavailable(f"no DHCP server answered on {options.link} within {options.timeout:g} s") from None
         except Refused as no:
@@ -116,7 +116,7 @@ class DhcpDriver(NetworkDriver[Options]):
 
     def container_attached(self, network: Network[Options], endpoint: Endpoint, container: Container) -> None:
         """Tell the DHCP server the container's name."""
-        self._leases.rename(_link(endpoint), host_name(container.name))
+        self.leases.rename(_link(endpoint), host_name(container.name))
 
     def delete_endpoint(self, network: Network[Options], endpoint: Endpoint) -> Later:
         """Give the lease back, and delete the link."""
@@ -137,7 +137,7 @@ class DhcpDriver(NetworkDriver[Options]):
 
     def _keep(self, network: Network[Options], endpoint: Endpoint, lease: Lease, *, confirm: bool = False) -> None:
         container = endpoint.container
-        self._leases.keep(
+        self.leases.keep(
             _link(endpoint),
             lease,
             where=partial(_interface, endpoint),
@@ -147,14 +147,14 @@ class DhcpDriver(NetworkDriver[Options]):
         )
 
     def _end(self, network: Network[Options], endpoint: Endpoint) -> None:
-        self._leases.drop(_link(endpoint))
+        self.leases.drop(_link(endpoint))
         lease = endpoint.attached(Lease)
         try:
             if lease is not None:
                 # The container may have ended with its link; the server knows the MAC address.
                 mac = endpoint.mac_address or _mac_of(endpoint)
                 _make_link(network, endpoint, mac)
-                self._leases.release(mac, lease)
+                self.leases.release(mac, lease)
         except (DriverError, OSError) as error:
             _log.warning("%r: its lease is not given back, and expires: %s", endpoint, error)
         finally:

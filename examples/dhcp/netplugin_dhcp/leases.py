@@ -41,12 +41,6 @@ T = TypeVar("T")
 _log = logging.getLogger("netplugin_dhcp")
 logging.getLogger("pyroute2.dhcp").setLevel(logging.CRITICAL)  # what anybody may send is no error of ours
 
-_PATIENCE = 10.0  # seconds that an exchange for a lease that we have may take
-_DECISION = 4.0  # seconds that a server may take to grant what it has offered, until others are asked too
-_SILENCE = 60.0  # seconds after an exchange without an answer, at least (RFC 2131, 4.4.5)
-_MISSING = 1.0, 60.0  # seconds after which an interface that was not there is looked for again: at first, and at most
-_STEP = 60.0  # seconds between looks at the clock
-_READY = 1.0  # seconds in which an interface that is set up has its carrier
 _PARAMETERS = [
     Option.SUBNET_MASK,
     Option.CLASSLESS_STATIC_ROUTE,  # before the router (RFC 3442)
@@ -70,6 +64,26 @@ class Interface:
     namespace: str | None = None
 
 
+@dataclass(frozen=True)
+class Waits:
+    """How long is waited, in seconds."""
+
+    exchange: float = 10.0
+    """For an exchange about a lease that we have."""
+    decision: float = 4.0
+    """For a server to grant what it has offered, until others are asked too."""
+    silence: float = 60.0
+    """After an exchange without an answer, at least (RFC 2131, 4.4.5)."""
+    missing_min: float = 1.0
+    """For an interface that was not there, until it is looked for again: at first."""
+    missing_max: float = 60.0
+    """The same, at most."""
+    clock: float = 60.0
+    """Between looks at the clock."""
+    carrier: float = 1.0
+    """For the carrier of an interface that is set up."""
+
+
 class Refused(Exception):
     """The server says no (DHCPNAK), and perhaps why."""
 
@@ -78,6 +92,8 @@ class Leases:
     """Leases of any number of interfaces, all in one thread with an event loop, which the first use starts."""
 
     def __init__(self) -> None:
+        self.waits = Waits()
+        """For what begins from now on."""
         self._guard = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -96,8 +112,8 @@ class Leases:
             Refused: one has, and takes it back, again and again.
             OSError: there is no such interface, or it cannot be used.
         """
-        _set_up(mac)
-        return self._do(_obtain(Interface(mac), offered, wanted, timeout))
+        _set_up(mac, self.waits.carrier)
+        return self._do(_obtain(Interface(mac), offered, wanted, timeout, self.waits.decision))
 
     def keep(
         self,
@@ -115,7 +131,8 @@ class Leases:
         lease, in the loop's thread. Its address never changes: if it is lost, the log says so, and it is tried for
         again. `confirm` asks at once whether it is still ours (INIT-REBOOT): we may have been away for long.
         """
-        self._do(self._keep(name, _Kept(name, lease, where, granted, host_name=host_name, confirm=confirm)))
+        kept = _Kept(name, lease, where, granted, self.waits, host_name=host_name, confirm=confirm)
+        self._do(self._keep(name, kept))
 
     async def _keep(self, name: str, kept: _Kept) -> None:
         if name not in self._kept:
@@ -144,7 +161,7 @@ class Leases:
 
         Nobody answers that. Raises OSError if it cannot be sent.
         """
-        _set_up(mac)
+        _set_up(mac, self.waits.carrier)
         self._do(_release(Interface(mac), lease))
 
     def close(self) -> None:
@@ -190,15 +207,17 @@ class _Kept:
         lease: Lease,
         where: Callable[[], Interface],
         granted: Callable[[Lease], object],
+        waits: Waits,
         *,
         host_name: str,
         confirm: bool,
     ) -> None:
         self._name, self._lease, self._where, self._granted, self._host_name = name, lease, where, granted, host_name
+        self._waits = waits
         self._confirm, self._lost = confirm, False
         self._at_once = asyncio.Event()
         self._due = time.time() if confirm else lease.renewal
-        self._absence = _MISSING[0]
+        self._absence = waits.missing_min
         self._trouble = ""
 
     def rename(self, host_name: str) -> None:
@@ -214,13 +233,13 @@ class _Kept:
                 await self._prolong()
             except Exception:
                 _log.exception("lease of %s for %s: cannot be kept", self._lease.address, self._name)
-                self._due = time.time() + _SILENCE
+                self._due = time.time() + self._waits.silence
 
     async def _wait(self) -> None:
         """Until it is due by the clock on the wall, which goes on while the host sleeps; the loop's own does not."""
         while not self._at_once.is_set() and (left := self._due - time.time()) > 0:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._at_once.wait(), min(left, _STEP))
+                await asyncio.wait_for(self._at_once.wait(), min(left, self._waits.clock))
         self._at_once.clear()
 
     async def _prolong(self) -> None:
@@ -228,22 +247,22 @@ class _Kept:
         stage, end = self._stage(now)
         try:
             with closing(_Socket(self._where())) as asking:
-                async with asyncio.timeout(min(max(end - now, 1.0), _PATIENCE)):
+                async with asyncio.timeout(min(max(end - now, 1.0), self._waits.exchange)):
                     lease = await self._ask(asking, stage)
         except TimeoutError:
             self._complain(stage.value)
             self._confirm = False  # the lease is ours for its time, though nobody says so
             now = time.time()
-            self._due = min(now + max((end - now) / 2, _SILENCE), max(end, now + 1.0))
+            self._due = min(now + max((end - now) / 2, self._waits.silence), max(end, now + 1.0))
         except Refused as no:
             self._complain(f"the DHCP server refuses it{no}; it stays in use, and may become another host's")
-            self._due = time.time() + (_SILENCE if self._lost else 1.0)
+            self._due = time.time() + (self._waits.silence if self._lost else 1.0)
             self._lost = True
         except OSError as error:
             # The engine may be moving it just now.
             self._due = time.time() + self._absence
-            self._absence = min(2 * self._absence, _MISSING[1])
-            if self._absence == _MISSING[1]:
+            self._absence = min(2 * self._absence, self._waits.missing_max)
+            if self._absence == self._waits.missing_max:
                 self._complain(f"it cannot be prolonged: {error}")
         else:
             self._accept(lease)
@@ -252,9 +271,9 @@ class _Kept:
         """And until when it lasts."""
         lease = self._lease
         if self._lost or now >= lease.expiry:
-            return _Stage.REGAIN, now + _SILENCE
+            return _Stage.REGAIN, now + self._waits.silence
         if self._confirm:
-            return _Stage.CONFIRM, max(lease.renewal, now + _PATIENCE)
+            return _Stage.CONFIRM, max(lease.renewal, now + self._waits.exchange)
         if now < lease.rebinding:
             return _Stage.RENEW, lease.rebinding
         return _Stage.REBIND, lease.expiry
@@ -280,7 +299,7 @@ class _Kept:
         if self._trouble:
             _log.info("lease of %s for %s: prolonged again", lease.address, self._name)
         self._confirm = self._lost = False
-        self._trouble, self._absence = "", _MISSING[0]
+        self._trouble, self._absence = "", self._waits.missing_min
         self._lease, self._due = lease, max(lease.renewal, time.time() + 1.0)
         self._granted(lease)
 
@@ -292,7 +311,11 @@ class _Kept:
 
 
 async def _obtain(
-    interface: Interface, offered: Callable[[Lease], object], wanted: IPv4Address | None, timeout: float
+    interface: Interface,
+    offered: Callable[[Lease], object],
+    wanted: IPv4Address | None,
+    timeout: float,
+    decision: float,
 ) -> Lease:
     refused: Refused | None = None
     with closing(_Socket(interface)) as asking:
@@ -302,7 +325,7 @@ async def _obtain(
                     offer = await asking.discover("", wanted)
                     offered(offer)
                     try:
-                        async with asyncio.timeout(_DECISION):
+                        async with asyncio.timeout(decision):
                             return await asking.accept("", offer)
                     except TimeoutError:
                         _log.debug("%s has offered %s, and says no more", offer.server, offer.address)
@@ -410,10 +433,10 @@ def _asking(options: dict[str, Any], host_name: str) -> dict[str, Any]:
     return options
 
 
-def _set_up(mac: MacAddress) -> None:
+def _set_up(mac: MacAddress, carrier: float) -> None:
     """And wait until what is sent by it is carried on: what comes earlier is lost. Raises OSError."""
     name = interface_of(mac).encode()
-    until = time.monotonic() + _READY
+    until = time.monotonic() + carrier
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
 
         def flags() -> int:
