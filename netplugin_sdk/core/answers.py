@@ -126,6 +126,8 @@ def create_endpoint(value: object, *, requested: EndpointInterface) -> bytes:
             _wrong("create_endpoint", given, what, field)
         if given is not None and asked is not None and given != asked:
             _wrong("create_endpoint", given, f"None or {asked}, which the engine has asked for", field)
+        if isinstance(given, IPv4Interface | IPv6Interface) and (given.ip.is_multicast or given.ip.is_unspecified):
+            _wrong("create_endpoint", given, "the address of one interface, not of a group", field)
         if asked is None:
             new[field] = given
     mac = new.get("mac_address")

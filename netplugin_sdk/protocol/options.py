@@ -8,8 +8,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 import msgspec
 from typing_extensions import dataclass_transform
@@ -57,6 +58,12 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     what you do not know, subclass with ``forbid_unknown_fields=False`` and read `Network.raw_options`.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Raise TypeError if an option has a type that no text can be converted to."""
+        super().__init_subclass__()
+        with suppress(NameError):  # a name that comes later in the file; the driver's class asks again
+            check_types(cls)
+
     @classmethod
     def parse(cls, given: Mapping[str, str]) -> Self:
         """The options of `given`, converted and checked.
@@ -82,20 +89,25 @@ class DriverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 @cache
 def check_types(options: type[DriverOptions]) -> None:
-    """Raise TypeError if a field has a type that no text can be converted to."""
-    for field in msgspec.structs.fields(options):
-        if (wrong := _unconvertible(field.type)) is not None:
-            name = getattr(wrong, "__name__", str(wrong))
+    """Raise TypeError if a field has a type that no text can be converted to.
+
+    Raises NameError if a type names something that is not defined yet.
+    """
+    for name, kind in typing.get_type_hints(options, include_extras=True).items():
+        if typing.get_origin(kind) is ClassVar or kind is ClassVar:
+            continue
+        if (wrong := _unconvertible(kind)) is not None:
+            shown = getattr(wrong, "__name__", str(wrong))
             raise TypeError(
-                f"{options.__name__}.{field.name}: no option can be a {name}, since Docker sends texts; "
+                f"{options.__name__}.{name}: no option can be a {shown}, since Docker sends texts; "
                 "a class with a class method parse(text) can"
             )
         try:
-            msgspec.json.Decoder(field.type)  # msgspec refuses some unions and enumerations
+            msgspec.json.Decoder(kind)  # msgspec refuses some unions and enumerations
         except TypeError as error:
-            shown = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            shown = kind.__name__ if isinstance(kind, type) else str(kind)
             reason = str(error).partition(" - type ")[0]
-            raise TypeError(f"{options.__name__}.{field.name}: no option can be a {shown}: {reason}") from None
+            raise TypeError(f"{options.__name__}.{name}: no option can be a {shown}: {reason}") from None
 
 
 def _bare(kind: Any) -> Any:

@@ -182,6 +182,16 @@ RETURNS: list[tuple[str, Any, str]] = [
     ),
     (
         "create_endpoint",
+        EndpointInterface(address_ipv6=IPv6Interface("ff02::1/64")),
+        "create_endpoint returned address_ipv6 ff02::1/64; expected the address of one interface, not of a group",
+    ),
+    (
+        "create_endpoint",
+        EndpointInterface(address_ipv6=IPv6Interface("::/64")),
+        "create_endpoint returned address_ipv6 ::/64; expected the address of one interface, not of a group",
+    ),
+    (
+        "create_endpoint",
         EndpointInterface(mac_address="02:00:00:00:00:01"),  # type: ignore[arg-type]
         "create_endpoint returned mac_address '02:00:00:00:00:01'; expected a MacAddress",
     ),
@@ -496,8 +506,16 @@ class Text(str):
     ids=str,
 )
 def test_an_option_that_no_text_can_be_is_refused_when_the_class_is_made(kind: Any, name: str) -> None:
-    options: Any = type("Options", (DriverOptions,), {"__annotations__": {"many": kind}})
     with pytest.raises(TypeError, match=rf"^Options\.many: no option can be a {name}"):
+        type("Options", (DriverOptions,), {"__annotations__": {"many": kind}})
+
+
+def test_an_option_of_a_class_that_comes_later_is_checked_with_the_drivers_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: Any = type("Options", (DriverOptions,), {"__annotations__": {"many": "Soon"}, "__module__": __name__})
+    monkeypatch.setitem(globals(), "Soon", dict)
+    with pytest.raises(TypeError, match=r"^Options\.many: no option can be a dict"):
         type("Driver", (Author,), {"options_type": options})
 
 
