@@ -1,4 +1,4 @@
-"""`NetworkDriver` and `IpamDriver`: what an author subclasses."""
+"""`NetworkDriver` and `IpamDriver`: the classes that an author subclasses."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ P = ParamSpec("P")
 class Later:
     """Work for after the answer: ``return Later(links.delete, bridge)``.
 
-    `function` is called with the arguments once Docker has its answer; what it raises is logged. Raises TypeError if it
-    cannot be called.
+    `function` is called with the arguments once Docker has its answer; an exception of it is logged. Raises TypeError
+    if it cannot be called.
     """
 
     def __init__(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -54,7 +54,7 @@ class Later:
 
 
 class DriverView(Protocol):
-    """What a driver sees of its plugin; see the properties of `NetworkDriver`."""
+    """A driver's view of its plugin; see the properties of `NetworkDriver`."""
 
     @property
     def networks(self) -> Mapping[str, Network[Any]]:
@@ -104,12 +104,12 @@ class _DriverType(ABCMeta):
 class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     """A Docker network driver: four methods that must be written, and some that may be.
 
-    What the SDK does before it calls a method: the request is decoded and checked, the network and the endpoint are
-    looked up, and a repeated request, which the engine sends after a lost connection, is answered from memory. So a
+    Before the SDK calls a method it decodes and checks the request, looks up the network and the endpoint, and answers
+    a repeated request, which the engine sends after a lost connection, from memory. So a
     method sees each change once, with objects that exist. Calls on one network come one after the other, calls on
     different networks in parallel from different threads.
 
-    What a method must keep to: it can be run twice, since the plugin may be killed inside it and the engine ask
+    A method must keep two rules: it can be run twice, since the plugin may be killed inside it and the engine ask
     again; and `delete_network`, `delete_endpoint` and `leave` succeed where there is little or nothing to remove,
     since they also undo a `create_network`, `create_endpoint` or `join` that failed half-way. An exception reaches
     `docker` as one line: a `DriverError` by its text, any other by its type and text, with the traceback in the log.
@@ -125,7 +125,7 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     """The class of the driver's ``-o`` options, taken from the subclass's base ``NetworkDriver[…]``."""
 
     cluster_numbers: ClassVar[Mapping[str, range]] = MappingProxyType({})
-    """Numbers of which each network has one of its own in the whole swarm, for drivers of global scope.
+    """Numbers of which each network gets one of its own, unique in the swarm; for drivers of global scope.
 
     ``{"vni": range(4096, 1 << 24)}`` gives each a VNI: the SDK answers ``AllocateNetwork`` with it on the managers, and
     it is the option ``vni`` of the network on every node. ``-o vni=5000`` asks for a certain one.
@@ -134,7 +134,7 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     _view: DriverView = _Unbound()
 
     def bind(self, view: DriverView) -> None:
-        """Take what the driver sees of its plugin. The SDK calls it, before `open`."""
+        """Take the driver's view of its plugin. The SDK calls it, before `open`."""
         self._view = view
 
     @property
@@ -147,7 +147,7 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
 
     @property
     def allocations(self) -> Mapping[str, Mapping[str, str]]:
-        """What this manager was asked to allocate, until it was asked to free it: options by the network's id.
+        """The options that this manager allocated, by the network's id, until it was asked to free them.
 
         It remembers over restarts. A network that another manager freed stays in it.
         """
@@ -197,10 +197,10 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     def create_network(self, network: Network[OptionsT]) -> None:
         """Ensure that the network is there: also runs at every start, for each network (``CreateNetwork``).
 
-        So it makes what is missing and leaves alone what is right. The engine asks once, at ``docker network create``,
-        and never again: `network` is remembered, and given to every later method. When the plugin starts, on SIGHUP,
-        and when something of the plugin's vanished from the kernel, the SDK runs this method for the networks that
-        exist; at a start before any request is answered.
+        So it makes missing parts and leaves correct ones alone. The engine asks once, at ``docker network create``, and
+        never again: `network` is remembered, and given to every later method. When the plugin starts, on SIGHUP, and
+        when an interface or address of the plugin's vanished from the kernel, the SDK runs this method for the networks
+        that exist; at a start before any request is answered.
         """
 
     @abstractmethod
@@ -208,7 +208,7 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
         """Remove the network (``DeleteNetwork``). Its endpoints are gone.
 
         Returns:
-            What may be done after the answer, such as ``Later(links.delete, bridge)``, for which the kernel takes
+            Work that may be done after the answer, such as ``Later(links.delete, bridge)``, for which the kernel takes
             36 ms; None if all is done. The network stays on disk until it is done, so if the plugin dies before, this
             method runs again when it starts. Networks are created only when it is done.
         """
@@ -227,10 +227,10 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
 
     @abstractmethod
     def delete_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> Later | None:
-        """Remove what `create_endpoint` made, and what is left of it (``DeleteEndpoint``). It has left its sandbox.
+        """Remove everything that is left of the endpoint (``DeleteEndpoint``). It has left its sandbox.
 
         Returns:
-            What may be done after the answer, as from `delete_network`; None if all is done.
+            Work that may be done after the answer, as from `delete_network`; None if all is done.
         """
 
     @abstractmethod
@@ -245,10 +245,10 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
         interface. So the place to delete it is `delete_endpoint`.
         """
 
-    # ------------------------------------------------------------------------------ optional: override what you need
+    # ------------------------------------------------------------------------------ optional methods
 
     def endpoint_oper_info(self, network: Network[OptionsT], endpoint: Endpoint) -> Mapping[str, Any]:  # noqa: ARG002
-        """What the driver knows of the endpoint (``EndpointOperInfo``; after `join` and on each inspect).
+        """Facts of the endpoint that the driver knows (``EndpointOperInfo``; after `join` and on each inspect).
 
         The values may be JSON values, addresses, `Port` and `PortMapping`.
         """
@@ -259,9 +259,9 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     ) -> None:
         """Publish `EndpointOptions.port_map` (``ProgramExternalConnectivity``).
 
-        Called for the endpoint that carries its container's default route, again with other options if they change,
-        and by the SDK when the plugin starts, for what was published before; after a reboot the container may be gone.
-        Override it together with `revoke_external_connectivity`.
+        Called for the endpoint that carries its container's default route, again with other options if they change, and
+        by the SDK when the plugin starts, for ports that were published before; after a reboot the container may be
+        gone. Override it together with `revoke_external_connectivity`.
         """
         raise NotImplementedError
 
@@ -269,11 +269,11 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
         """Undo `program_external_connectivity` (``RevokeExternalConnectivity``); also before a `leave` without it."""
 
     def restore_endpoint(self, network: Network[OptionsT], endpoint: Endpoint) -> None:
-        """Bring back what `join` made, as far as it can be while the container runs.
+        """Bring back the work of `join`, as far as that is possible while the container runs.
 
-        The SDK calls it for each endpoint in a sandbox after `create_network` has run again: when the plugin starts,
-        on SIGHUP, and when something vanished from the kernel. If somebody deleted the bridge, for example, the pairs
-        are to be made its ports again.
+        The SDK calls it for each endpoint in a sandbox after `create_network` has run again: when the plugin starts, on
+        SIGHUP, and when an interface or address vanished from the kernel. If somebody deleted the bridge, for example,
+        make the pairs its ports again.
         """
 
     def container_attached(self, network: Network[OptionsT], endpoint: Endpoint, container: Container) -> None:
@@ -281,12 +281,12 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
 
         Docker does not tell with `join`, and must not be asked while it waits for an answer. If a driver overrides
         this, the SDK asks after `join`, in the background: the container may run already. An endpoint is told of once
-        for each `join`, or again if the plugin was killed meanwhile; then it is `Endpoint.container`. What this raises
-        is logged.
+        for each `join`, or again if the plugin was killed meanwhile; then it is `Endpoint.container`. Exceptions
+        are logged.
         """
 
     def endpoint_is_gone(self, network: Network[OptionsT], endpoint: Endpoint) -> bool:  # noqa: ARG002
-        """Say whether what `join` made has vanished, as after a reboot.
+        """Say whether the work of `join` has vanished, as after a reboot.
 
         An engine that was killed forgets the endpoints of its containers without a ``Leave``. The SDK asks for each
         endpoint in a sandbox when the plugin starts, when an engine activates it, and when
@@ -297,7 +297,7 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     def gw_alloc_check(self, options: OptionsT, request: NetworkOptions) -> SkipGateway:
         """Say for which IP versions a network of these options needs no gateway address (``GwAllocCheck``).
 
-        `request` holds what else ``docker network create`` was given, such as ``--internal``. Called before
+        `request` holds the other arguments of ``docker network create``, such as ``--internal``. Called before
         `create_network` by engines ≥ 28; overriding it sets the capability ``GwAllocChecker``.
         """
         raise NotImplementedError
@@ -305,9 +305,9 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
     def allocate_network(self, request: AllocateNetwork) -> Mapping[str, str]:  # noqa: ARG002
         """Allocate more than `cluster_numbers` for a network (``AllocateNetwork``; on managers, `scope` global).
 
-        `AllocateNetwork.options` has ``-o``, the `cluster_numbers`, and, when another manager begins to lead, what was
-        allocated before: it is to be kept. A repeated request is answered from memory. The network does not exist here
-        yet, and need not ever.
+        `AllocateNetwork.options` has ``-o``, the `cluster_numbers`, and, when another manager begins to lead, the
+        options that were allocated before: keep them. A repeated request is answered from memory. The network does not
+        exist here yet, and need not ever.
 
         Returns:
             Options that the nodes get with ``CreateNetwork``, beside those of the request.
@@ -315,24 +315,24 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
         return {}
 
     def free_network(self, network_id: str) -> None:
-        """Free what `allocate_network` gave (``FreeNetwork``); also undoes one that failed.
+        """Free the options that `allocate_network` gave (``FreeNetwork``); also undoes one that failed.
 
-        What that was is in `allocations`.
+        `allocations` still has them.
         """
 
     def peer_joined(self, network: Network[OptionsT], peer: Node) -> None:
         """Let the network reach a node that joined the swarm (``DiscoverNew``); it is one of `peers`.
 
-        Called for each network. What `create_network` does for all `peers`, this does for one: the SDK does not call it
-        again when the plugin starts. It does when a node is back that the gossip had lost: it did not get what was sent
-        to it meanwhile. Overriding it makes the ``ConnectivityScope`` global.
+        Called for each network. It does for one node the work that `create_network` does for all `peers`, so the SDK
+        does not call it again when the plugin starts. It does when a node is back that the gossip had lost: it missed
+        the announcements of the meantime. Overriding it makes the ``ConnectivityScope`` global.
         """
 
     def peer_left(self, network: Network[OptionsT], peer: Node) -> None:
         """Forget a node that left the swarm (``DiscoverDelete``), two minutes ago; called for each network.
 
         Until then the gossip may only have lost it: a node that is cut off, or whose engine restarts, can be back.
-        If the plugin is killed in it, `create_network` runs with what `peers` are left.
+        If the plugin is killed in it, `create_network` runs with the `peers` that are left.
         """
 
 

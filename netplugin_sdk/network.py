@@ -1,7 +1,7 @@
-"""`Network`, `Endpoint` and `Sandbox`: what the methods of a driver are given.
+"""`Network`, `Endpoint` and `Sandbox`: the arguments of a driver's methods.
 
-The objects are the SDK's: an author reads them, and attaches data of their own to them. What is here follows from the
-facts that the SDK keeps (`netplugin_sdk.core.store`).
+The objects are the SDK's: an author reads them, and attaches data of their own to them. `netplugin_sdk.core.store` has
+the classes that keep them on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DataT = TypeVar("DataT")
 
 
 class _Identified(ABC):
-    """What networks and endpoints share: an id, and attached data."""
+    """The common part of networks and endpoints: an id, and attached data."""
 
     def __init__(self, id_: str) -> None:
         self.id: Final[str] = id_
@@ -42,7 +42,7 @@ class _Identified(ABC):
     def interface_name(self, prefix: str) -> str:
         """A name for a link of this object: ``prefix-`` and 12 characters of the id.
 
-        It follows from the id alone, so that what was made is found again. Raises ValueError where it would be longer
+        It follows from the id alone, so that the link is found again. Raises ValueError where it would be longer
         than the kernel's 15 bytes (IFNAMSIZ), that is for a prefix of more than two characters.
         """
         if not 1 <= len(prefix) <= 2:
@@ -69,9 +69,9 @@ class _Identified(ABC):
         self._keep(_name(type(data)), data)
 
     def attached(self, kind: type[DataT]) -> DataT | None:
-        """What was last attached of class `kind`; None if nothing was.
+        """The data of class `kind` that was last attached; None if there is none.
 
-        Raises msgspec.ValidationError if the class has changed so that what is kept does not fit any more.
+        Raises msgspec.ValidationError if the class has changed so that the kept data does not fit any more.
         """
         kept = self._kept(_name(kind))
         return None if kept is None else msgspec.json.decode(kept, type=kind, dec_hook=from_text)

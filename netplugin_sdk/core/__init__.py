@@ -1,1 +1,1 @@
-"""What keeps the promises: requests, what is on disk, and what is repaired."""
+"""The promises: requests are served, state is kept on disk, damage is repaired."""

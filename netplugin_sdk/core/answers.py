@@ -1,7 +1,8 @@
-"""From what an author's method returned to the body of the answer, or to one line that says what is wrong with it.
+"""The return value of an author's method: checked, and turned into the body of the answer.
 
-Docker would refuse it later, in its own terms, or take it and leave a container without a network. Each function raises
-`InvalidReturn`, which names method, field and value. Those whose value the caller needs itself give it back, checked.
+Docker would refuse a wrong value later, in its own terms, or accept it and leave a container without a network. Each
+function raises `InvalidReturn`, one line that names method, field and value. A function returns the body, or the
+checked value where the caller needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CIDR = re.compile(r"[0-9a-fA-F:.]+/[0-9]{1,3}")  # of Go's net.ParseCIDR, which
 
 
 def join(value: object, network: Network[Any], endpoint: Endpoint) -> bytes:
-    """Of what `join` returned."""
+    """The answer to ``Join``."""
     if value is None:
         _wrong("join", None, "a Join: is there a `return`?")
     if not isinstance(value, Join):
@@ -110,7 +111,7 @@ def _check_gateways(join: Join, addresses: tuple[IPInterface, ...], network: Net
 
 
 def create_endpoint(value: object, *, requested: EndpointInterface) -> bytes:
-    """Of what `create_endpoint` returned, without what it repeats of the request."""
+    """The answer to ``CreateEndpoint``; addresses that the request had are left out."""
     if value is None:
         value = EndpointInterface()
     if not isinstance(value, EndpointInterface):
@@ -137,7 +138,7 @@ def create_endpoint(value: object, *, requested: EndpointInterface) -> bytes:
 
 
 def endpoint_oper_info(value: object) -> bytes:
-    """Of what `endpoint_oper_info` returned."""
+    """The answer to ``EndpointOperInfo``."""
     if not isinstance(value, Mapping):
         _wrong("endpoint_oper_info", value, "a mapping")
     try:
@@ -147,16 +148,16 @@ def endpoint_oper_info(value: object) -> bytes:
 
 
 def gw_alloc_check(value: object) -> bytes:
-    """Of what `gw_alloc_check` returned."""
+    """The answer to ``GwAllocCheck``."""
     if not isinstance(value, SkipGateway):
         _wrong("gw_alloc_check", value, "a SkipGateway")
     return messages.encode(value)
 
 
 def later(method: str, value: object) -> Later | None:
-    """The work for after the answer in what a method returned.
+    """The work for after the answer that a method returned.
 
-    True and False are none and no mistake: ``return links.delete(bridge)`` has done its work already.
+    True and False mean none: ``return links.delete(bridge)`` is no mistake, it has done its work already.
     """
     if value is None or isinstance(value, bool):
         return None
@@ -166,7 +167,7 @@ def later(method: str, value: object) -> Later | None:
 
 
 def allocate_network(value: object) -> Mapping[str, str]:
-    """What `allocate_network` returned."""
+    """The options that `allocate_network` returned."""
     if not isinstance(value, Mapping):
         _wrong("allocate_network", value, "a mapping of texts")
     for key, text in value.items():
@@ -176,14 +177,14 @@ def allocate_network(value: object) -> Mapping[str, str]:
 
 
 def yes_or_no(method: str, value: object) -> bool:
-    """What a method returned that says yes or no."""
+    """The bool that a method returned."""
     if not isinstance(value, bool):
         _wrong(method, value, "True or False")
     return value
 
 
 def request_pool(value: object) -> Pool:
-    """What `request_pool` returned."""
+    """The pool that `request_pool` returned."""
     if not isinstance(value, Pool):
         _wrong("request_pool", value, "a Pool")
     if not isinstance(value.pool_id, str) or not value.pool_id:
@@ -217,7 +218,7 @@ def _check_pool_gateway(text: str, pool: IPNetwork) -> None:
 
 
 def request_address(value: object, *, pool: IPNetwork | None) -> IPInterface:
-    """What `request_address` returned. `pool` is the one that it asks of, where it is known."""
+    """The address that `request_address` returned. `pool` is the one that it should be in; None if unknown."""
     if not isinstance(value, IPv4Interface | IPv6Interface):
         _wrong(
             "request_address", value, "an IPv4Interface or IPv6Interface: an address with the prefix length of its pool"

@@ -1,4 +1,4 @@
-"""The engine's call that a thread is answering: what it calls can find it, and the engine's wait can be ended."""
+"""The engine's call that a thread is answering: code below can find it, and its deadline can end it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _current = threading.local()
 class Call:
     """One call, from its request to its answer. A context manager that makes it the thread's own.
 
-    Either it is committed, and its answer is the method's, or it expires, and what it did is undone.
+    Either it is committed, and the method's answer is sent, or it expires, and its work is undone.
     """
 
     __slots__ = ("_committed", "_expired", "_guard", "began", "method", "thread")
@@ -58,20 +58,20 @@ def current() -> Call | None:
 
 
 def has_expired() -> bool:
-    """Whether the engine was told that what this thread answers took too long: by a 503, whatever it answers now."""
+    """Whether the engine was told, by a 503, that the call of this thread took too long."""
     call = current()
     return call is not None and call.expired
 
 
 def refuse_if_late() -> None:
-    """For what has waited, before it begins. Raises `Unavailable` if the engine no longer waits."""
+    """For work that had to wait, before it begins. Raises `Unavailable` if the engine no longer waits."""
     call = current()
     if call is not None and call.expired:
         raise _late(call)
 
 
 def commit() -> None:
-    """For what is made, before it is written down. Raises `Unavailable` if the engine no longer waits: undo it."""
+    """For finished work, before it is written down. Raises `Unavailable` if the engine no longer waits: undo it."""
     call = current()
     if call is not None and not call.commit():
         raise _late(call)

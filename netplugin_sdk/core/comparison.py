@@ -1,4 +1,4 @@
-"""Networks and endpoints compared with what Docker has: what it does not know any more is deleted.
+"""Networks and endpoints compared with those of Docker: the ones that it does not know any more are deleted.
 
 Docker is asked in the background, never from within a call: see `netplugin_sdk.core.engine_api`.
 """
@@ -34,7 +34,7 @@ class Comparison(Generic[OptionsT]):
         self._wants_containers = "container_attached" in shared.defined
         self._queries = None if docker is None else EngineQueries(docker, shared.timings)
         self._missing: dict[str, float] = {}
-        """What Docker did not list: since when."""
+        """When Docker began not to list a network or an endpoint, by its id."""
         self._listing: set[str] = set()
         """Engines that have listed something of ours, in this life of the plugin, or are this node's in its swarm."""
 
@@ -49,7 +49,7 @@ class Comparison(Generic[OptionsT]):
             self._queries.ask(self._compare, delay, recurring=True)
 
     def ask_soon(self) -> None:
-        """Compare with Docker when it has had time to do what it is about."""
+        """Compare with Docker once it has had time to finish its own work."""
         self.ask(self._timings.engine_grace)
 
     def network_created(self, network: StoredNetwork[OptionsT]) -> None:

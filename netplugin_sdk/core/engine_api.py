@@ -1,8 +1,8 @@
 """The Docker Engine's own API, as far as a plugin asks for it, and why not from inside a call.
 
 While a driver's method runs the engine waits for it, often with a lock that its API wants too: asking there can hang
-both for ever. So it is refused, whatever library is used. What a driver wants to know of a container is told to
-`NetworkDriver.container_attached`.
+both forever. So it is refused, whatever library is used. `NetworkDriver.container_attached` tells a driver about
+containers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 
 
 class DockerError(DriverError):
-    """The engine refused; the text is what it says."""
+    """The engine refused; the text is the engine's."""
 
     def __init__(self, text: str, http_status: int) -> None:
         super().__init__(text)
@@ -197,7 +197,7 @@ def _is_engine(address: object) -> bool:
 def _refuse_inside_a_call(what: str) -> None:
     if (call := calls.current()) is not None:
         raise DriverError(
-            f"{call.method} must not ask Docker ({what}): Docker waits for its answer, and both may wait for ever; "
+            f"{call.method} must not ask Docker ({what}): Docker waits for its answer, and both may wait forever; "
             "NetworkDriver.container_attached tells of containers"
         )
 

@@ -29,7 +29,7 @@ Handler: TypeAlias = Callable[[Any, bytes], bytes]
 """Takes the decoded request and its body, gives the body of the answer."""
 
 Routes: TypeAlias = dict[str, tuple[type[Message], Handler]]
-"""Method name (``Join``) → the type of its request and what handles it."""
+"""Method name (``Join``) → the type of its request, and its handler."""
 
 _ToEndpoint: TypeAlias = (
     messages.CreateEndpoint | messages.EndpointRef | messages.JoinRequest | messages.ProgramExternalConnectivity
@@ -58,7 +58,7 @@ class NetworkLifecycle(Generic[OptionsT]):
         self._allocations = allocations
 
     def routes(self) -> Routes:
-        """The methods that this driver has. What is missing here is a 404: "method not supported"."""
+        """The methods that this driver has. Any other gets a 404: "method not supported"."""
         m = messages
         routes: Routes = {
             "GetCapabilities": (m.Nothing, self._get_capabilities),
@@ -120,7 +120,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             else:
                 network = self._store.new_network(request, body)
                 _ = network.options  # refused before anything is made
-                self._teardown.wait()  # the new network may want what one that is going has
+                self._teardown.wait()  # the new network may need the names and ports of one that is going
             self._store.intend(network, "CreateNetwork")
             try:
                 self._driver.create_network(network)
@@ -133,7 +133,7 @@ class NetworkLifecycle(Generic[OptionsT]):
             return _DONE
 
     def _forget_stale_endpoints(self, network: StoredNetwork[OptionsT]) -> None:
-        """An engine that was killed has forgotten its endpoints; of one whose answer was lost there are none yet."""
+        """Delete the endpoints that a killed engine has forgotten; if only an answer was lost, there are none yet."""
         for endpoint in network.endpoints.values():
             _log.warning("CreateNetwork: %r still has %r, deleting it", network, endpoint)
             self._repairs.run_logged("delete", endpoint, partial(self._teardown.delete_endpoint, endpoint))
@@ -254,7 +254,7 @@ class NetworkLifecycle(Generic[OptionsT]):
     def _revoke_external(self, request: messages.EndpointRef, _body: bytes) -> bytes:
         with self._locks.hold(request.network_id):
             endpoint = self._find_complete_endpoint(request)
-            # The engine also revokes what it never programmed, as on internal networks.
+            # The engine also revokes where it never programmed, as on internal networks.
             if endpoint is not None and endpoint.row.external_request is not None:
                 self._teardown.end_external(endpoint)
             return _DONE
@@ -272,9 +272,9 @@ class NetworkLifecycle(Generic[OptionsT]):
         return None if network is None else network.endpoints.get(request.endpoint_id)
 
     def _find_complete_endpoint(self, request: _ToEndpoint) -> StoredEndpoint | None:
-        """What is half done with it is finished or undone first, since its row can tell of one intent only.
+        """Finish or undo its half-done operation first, since its row holds only one intent.
 
-        But not what is published: that is programmed again, or revoked, as often as it is asked for.
+        Published ports are the exception: they can be programmed again, or revoked, at any time.
         """
         found = self._find_endpoint(request)
         if found is None or found.row.intent in (None, "ProgramExternalConnectivity", "RevokeExternalConnectivity"):

@@ -23,7 +23,7 @@ from netplugin_sdk.values import IPAddress
 
 
 class Networks(Generic[OptionsT]):
-    """A network driver with its store, requests and repairs; also what the driver sees of them.
+    """A network driver with its store, requests and repairs; also the driver's view of them.
 
     Raises `Unavailable` if the state file in `folder` cannot be used.
     """
@@ -53,10 +53,10 @@ class Networks(Generic[OptionsT]):
             raise
         lifecycle = NetworkLifecycle(shared, self._teardown, self._comparison, self._peers, self._allocations)
         self.routes: Routes = lifecycle.routes()
-        """What can be called, by the method's name."""
+        """The methods that can be called, by name."""
         driver.bind(self)
 
-    # ------------------------------------------------------------------------------------------ what the driver sees
+    # ------------------------------------------------------------------------------------------ the driver's view
 
     @property
     def networks(self) -> Mapping[str, StoredNetwork[OptionsT]]:
@@ -65,7 +65,7 @@ class Networks(Generic[OptionsT]):
 
     @property
     def allocations(self) -> Mapping[str, Mapping[str, str]]:
-        """What this manager was asked to allocate."""
+        """The options that this manager allocated, by the network's id."""
         return self._allocations.current
 
     @property
@@ -78,11 +78,11 @@ class Networks(Generic[OptionsT]):
         """The other nodes of the swarm."""
         return self._peers.current
 
-    # -------------------------------------------------------------------------------------------- what the plugin does
+    # -------------------------------------------------------------------------------------------- the plugin's part
 
     @property
     def repairs(self) -> Mapping[Repair, int]:
-        """What no call asked for, and how often it was done."""
+        """How often each repair was done."""
         return self._repairs.counts
 
     def start(self) -> None:
@@ -92,7 +92,7 @@ class Networks(Generic[OptionsT]):
         self._recovery.start()
 
     def engine_starts(self) -> None:
-        """``Plugin.Activate``: delete what an engine that was killed has forgotten."""
+        """``Plugin.Activate``: delete the endpoints that a killed engine has forgotten."""
         self._teardown.delete_vanished_endpoints()
         self._comparison.ask_soon()
 
@@ -105,7 +105,7 @@ class Networks(Generic[OptionsT]):
         self._comparison.ask_soon()
 
     def close(self) -> None:
-        """After the last call: finish what is done in the background, and close the driver and the file."""
+        """After the last call: end the background work, and close the driver and the file."""
         self._recovery.close()
         self._comparison.close()
         self._peers.close()

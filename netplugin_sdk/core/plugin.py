@@ -34,7 +34,7 @@ _calls = logging.getLogger("netplugin_sdk.core.calls")
 
 
 class Answer(NamedTuple):
-    """What goes back to the engine: an HTTP status and a JSON body; and what else the log says of the call.
+    """The answer to a call: an HTTP status and a JSON body; and facts of the call for the log.
 
     `call` has ``method`` and, as far as they are known, ``network``, ``endpoint`` and ``ms``.
     """
@@ -115,14 +115,15 @@ class Plugin:
     def wrap(self, wrapper: Callable[[Answerer], Answerer]) -> None:
         """Put something around every call from now on, such as a measurement: as middleware is around an application.
 
-        `wrapper` takes what answers a call and returns what does so instead, in the same thread; neither raises.
+        `wrapper` takes the function that answers calls and returns its replacement; neither raises. Both run in the
+        thread of the call.
         Not while calls are running.
         """
         self._answer = wrapper(self._answer)
 
     @property
     def methods(self) -> frozenset[str]:
-        """What can be called, as in ``NetworkDriver.Join``. Everything else is a 404."""
+        """The methods that can be called, as in ``NetworkDriver.Join``. Everything else is a 404."""
         return frozenset(path[1:] for path in self._routes)
 
     @property
@@ -132,7 +133,7 @@ class Plugin:
 
     @property
     def repairs(self) -> Mapping[Repair, int]:
-        """What the network driver's networks had to be helped with, since the start: how often."""
+        """How often each repair of the network driver's networks was done since the start."""
         return {} if self._networks is None else self._networks.repairs
 
     def _answer_call(self, path: str, body: bytes) -> Answer:
@@ -209,15 +210,15 @@ class Plugin:
         return response(environ, start_response)
 
     def reconcile(self) -> None:
-        """Begin to make what is in the kernel agree with what is on disk, and both with what Docker has.
+        """Begin to make the kernel agree with the state on disk, and both with Docker.
 
-        It is done in the background, as after the loss of an interface; each repair, and what fails, is logged.
+        It runs in the background, as after the loss of an interface; each repair, and each failure, is logged.
         """
         for half in self._halves:
             half.reconcile()
 
     def close(self) -> None:
-        """Finish what is done after answers, and let the state folder go.
+        """Finish the work for after answers, and let the state folder go.
 
         Call it when no call is running; the plugin cannot be used afterwards.
         """
@@ -251,7 +252,7 @@ def refusal(status: int, text: str, call: dict[str, Any] | None = None) -> Answe
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, as one line that can be encoded."""
+    """The text of an error, as one line that can be encoded."""
     try:
         text = str(error)
     except Exception:
@@ -260,7 +261,7 @@ def _line(error: BaseException) -> str:
 
 
 def _printable(text: str) -> str:
-    """What a client sent, so that it can be shown in a line of the log."""
+    """A client's text, as it can be shown in a line of the log."""
     return text[:80] if text.isprintable() else ascii(text[:80])
 
 

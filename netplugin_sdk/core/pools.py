@@ -1,4 +1,4 @@
-"""Requests of the IPAM driver; and what an engine has, for a driver that wants to know."""
+"""Requests of the IPAM driver; and reports of an engine's pools, for a driver that wants them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class UsageReport:
             self._queries.ask(self._tell, delay, recurring=True)
 
     def ask_soon(self) -> None:
-        """Ask the engine when it has had time to do what it is about."""
+        """Ask the engine once it has had time to finish its own work."""
         self.ask(self._timings.engine_grace)
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class IpamLifecycle:
         self._locks = locks
         self._report = report
         self._pools: dict[str, IPNetwork] = {}
-        """What was given out in this life of the plugin."""
+        """The pools that were given out in this life of the plugin, by their ids."""
 
     def routes(self) -> Routes:
         """All methods."""
@@ -120,14 +120,14 @@ class IpamLifecycle:
 
     @staticmethod
     def _commit(undo: Callable[[], None]) -> None:
-        """Take back what is given too late. Raises `Unavailable` then."""
+        """Take back a pool or an address that was given too late. Raises `Unavailable` then."""
         try:
             calls.commit()
         except Unavailable:
             try:
                 undo()
             except BaseException:
-                _log.exception("what was given too late cannot be taken back")
+                _log.exception("cannot take back a pool or an address that was given too late")
             raise
 
 
@@ -147,7 +147,7 @@ class Pools:
         self._is_open = False
         self._report = UsageReport(driver, docker if "engine_has" in defined else None, timings)
         self.routes: Routes = IpamLifecycle(driver, Locks(timings.call_lock), self._report).routes()
-        """What can be called, by the method's name."""
+        """The methods that can be called, by name."""
 
     def start(self) -> None:
         """Before the first call: open the driver."""
@@ -156,7 +156,7 @@ class Pools:
         self._report.ask()
 
     def reconcile(self) -> None:
-        """Tell the driver what an engine has."""
+        """Tell the driver about the engine's pools."""
         self._report.ask()
 
     def ask_soon(self) -> None:
@@ -164,7 +164,7 @@ class Pools:
         self._report.ask_soon()
 
     def close(self) -> None:
-        """After the last call: end what is done in the background, and close the driver."""
+        """After the last call: end the background work, and close the driver."""
         self._report.close()
         if self._is_open:
             self._driver.close()

@@ -1,6 +1,6 @@
-"""What is on disk compared with the kernel, and made to agree: at a start, on SIGHUP, and after a loss.
+"""The kernel is made to agree with the state on disk: at a start, on SIGHUP, and after a loss.
 
-What is on disk counts: it is what Docker was told. What was half done is finished or undone; what is missing is made
+The state on disk counts, since Docker was told so. Half-done operations are finished or undone; missing parts are made
 again, by the driver's own methods.
 """
 
@@ -47,7 +47,7 @@ class Recovery(Generic[OptionsT]):
         losses.subscribe(self._lost)
 
     def close(self) -> None:
-        """End what is done in the background."""
+        """End the background work."""
         with suppress(ValueError):  # it was not started
             losses.unsubscribe(self._lost)
         self._closing.set()
@@ -70,11 +70,11 @@ class Recovery(Generic[OptionsT]):
         self._pending.release()
         if not stopped:
             self._restore_all()
-            # Somebody may delete it again and again: the two must not share a processor for ever.
+            # Somebody may delete it again and again: the two must not use up a processor.
             self._delay, self._repaired = min(2 * self._delay, self._timings.repair_delay_max), time.monotonic()
 
     def _restore_all(self) -> None:
-        """Make the kernel agree now, and compare with Docker when it answers. What fails is logged."""
+        """Make the kernel agree now, and compare with Docker when it answers. Failures are logged."""
         began = time.monotonic()
         self._teardown.delete_vanished_endpoints()
         networks = self._store.networks.values()

@@ -1,4 +1,4 @@
-"""What the SDK does of its own accord: how often each was done, and how failures of it are told."""
+"""Repairs, which the SDK does of its own accord: their counts, and how their failures are logged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from netplugin_sdk.errors import DriverError
 _log = logging.getLogger("netplugin_sdk")
 
 Repair: TypeAlias = Literal["reconciled", "lost", "half_done", "container_gone", "unknown_to_docker", "failed"]
-"""What no call asked for. All networks were compared with the kernel; something of ours vanished from it; what was half
-done was finished or undone; an endpoint was deleted whose container ended unnoticed; so was what Docker does not know;
-one of these could not be done."""
+"""Work that no call asked for: all networks were compared with the kernel; an interface or address of ours vanished; a
+half-done operation was finished or undone; an endpoint was deleted, since its container ended unnoticed; a network or
+an endpoint was deleted, since Docker does not know it; one of these failed."""
 
 
 class Repairs:
@@ -36,7 +36,7 @@ class Repairs:
             self._counts[repair] += 1
 
     def run_logged(self, what: str, record: object, step: Callable[[], object]) -> bool:
-        """Whether `step` succeeded. What it raises is logged as ``cannot WHAT RECORD`` and counted as failed."""
+        """Whether `step` succeeded. An exception is logged as ``cannot WHAT RECORD`` and counted as failed."""
         try:
             step()
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""What requests, repairs and the swarm's events of one network driver share."""
+"""The parts that requests, repairs and the swarm's events of one network driver share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from netplugin_sdk.network import Network, OptionsT
 
 @dataclass(frozen=True)
 class Shared(Generic[OptionsT]):
-    """The driver, what it defines, what is on disk, a lock for each network, the repairs, and the timings."""
+    """The driver, the methods that it defines, the store, a lock for each network, the repairs, and the timings."""
 
     driver: NetworkDriver[OptionsT]
     defined: frozenset[str]

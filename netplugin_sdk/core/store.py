@@ -1,11 +1,11 @@
-"""What a plugin must not forget: networks, endpoints, data of the author's, and what a swarm told.
+"""The state that a plugin must not forget: networks, endpoints, the author's data, and the swarm's nodes and numbers.
 
 One SQLite file per plugin. A row is written *before* the author's method runs, with the operation's name in its column
 ``intent``, and again when the method has returned, before the answer goes out, with ``intent`` NULL. So after a crash
-at any point the rows with an intent are exactly what was half done.
+at any point the rows with an intent are exactly the half-done operations.
 
     intend      a row with an intent: it is new, or something is about to be done to it
-    done        no intent: what was intended is done. What fails and cannot be undone stays intended: half done
+    done        no intent: the operation is done. One that fails and cannot be undone keeps its intent: half done
     going       gone for everybody, but still in the file, since work is left to do
     gone        out of the file
 
@@ -80,7 +80,7 @@ CREATE TABLE nodes (
     request BLOB NOT NULL
 );
 """
-# What Docker told is the SDK's and stood among the author's data, under names that an author's classes may have.
+# Facts from Docker stood among the author's data, under names that an author's classes may have, too.
 _DOCKER = """
 ALTER TABLE networks ADD COLUMN engine TEXT;
 ALTER TABLE endpoints ADD COLUMN container BLOB;
@@ -133,7 +133,7 @@ class EndpointRow(msgspec.Struct, frozen=True):
 class JoinRow(msgspec.Struct, frozen=True):
     """A join on disk, under the key of its endpoint.
 
-    A row of its own, since a row that grows costs SQLite twice what a new one does.
+    A row of its own, since a row that grows costs SQLite twice as much as a new one.
     """
 
     key: int | None
@@ -142,9 +142,10 @@ class JoinRow(msgspec.Struct, frozen=True):
 
 
 class AllocationRow(msgspec.Struct, frozen=True):
-    """What a network of the swarm is allocated, on disk on the managers that were asked. It is no `NetworkRow`.
+    """The options that a network of the swarm is allocated, on disk on the managers that were asked.
 
-    A manager need not run the network, a node that runs it need not be a manager, and their ends are told apart.
+    It is no `NetworkRow`: a manager need not run the network, a node that runs it need not be a manager, and the two
+    end by different calls.
     """
 
     network_id: str
@@ -166,7 +167,7 @@ class StoredNetwork(Network[OptionsT]):
         self, store: Store[OptionsT], row: NetworkRow, request: messages.CreateNetwork, options_type: type[OptionsT]
     ) -> None:
         self.row = row
-        """What is on disk."""
+        """The columns on disk."""
         self.going: set[StoredEndpoint] = set()
         """Endpoints that only the file still has."""
         self.is_gone = False
@@ -181,7 +182,7 @@ class StoredNetwork(Network[OptionsT]):
         return self._endpoints
 
     def show(self, endpoint: StoredEndpoint, *, listed: bool) -> None:
-        """Put the endpoint into the list, or take it out. What was read of the list before does not change."""
+        """Put the endpoint into the list, or take it out. A mapping that was read before does not change."""
         endpoints = {**self._endpoints}
         if listed:
             endpoints[endpoint.id] = endpoint
@@ -205,7 +206,7 @@ class StoredEndpoint(Endpoint):
         self, store: Store[Any], network: StoredNetwork[Any], row: EndpointRow, request: messages.CreateEndpoint
     ) -> None:
         self.row = row
-        """What is on disk."""
+        """The columns on disk."""
         self.join: JoinRow | None = None
         """While it is in a sandbox."""
         self.may_be_joined = row.key is not None
@@ -260,7 +261,7 @@ class StoredEndpoint(Endpoint):
 
 
 def attached(row: NetworkRow | EndpointRow) -> dict[str, msgspec.Raw]:
-    """What the author attached: JSON by the name of its class."""
+    """The author's attached data: JSON by the name of its class."""
     return msgspec.json.decode(row.data, type=dict[str, msgspec.Raw])
 
 
@@ -268,7 +269,7 @@ class Store(Generic[OptionsT]):
     """The networks of one plugin and the file that they are kept in. For any thread.
 
     `folder` None keeps them in memory only; otherwise this process holds it. `options_type` is the class of
-    `Network.options`. What changes in memory changes in the file first.
+    `Network.options`. Every change is written to the file before it is made in memory.
 
     Raises `Unavailable` if the file cannot be used; the text says why. So do all methods that write: nothing has
     changed then.
@@ -296,7 +297,7 @@ class Store(Generic[OptionsT]):
             for values in self._database.read("SELECT * FROM networks ORDER BY key"):
                 row = NetworkRow(*values)
                 request = messages.decode(messages.CreateNetwork, row.request)
-                # Of two with one id, the older was going when a swarm's was made again: the newer has what it had.
+                # Of two with one id, the older was going when a swarm's network was made again; the newer replaces it.
                 networks[row.id] = StoredNetwork(self, row, request, self._options_type)
             self.networks = MappingProxyType(networks)
             listed: dict[int | None, StoredEndpoint] = {}
@@ -343,12 +344,12 @@ class Store(Generic[OptionsT]):
     def intend(
         self, record: StoredNetwork[Any] | StoredEndpoint, operation: Operation, **columns: bytes | None
     ) -> None:
-        """Write down what is about to be done with the record, and these columns of its row; list it if it is new."""
+        """Write down which operation is about to run, and these columns of the row; list the record if it is new."""
         with self._lock:
             self._write(record, intent=operation, **columns)
 
     def done(self, record: StoredNetwork[Any] | StoredEndpoint, **columns: bytes | None) -> None:
-        """Write down that what was intended is done, and these columns of its row."""
+        """Write down that the intended operation is done, and these columns of the row."""
         with self._lock:
             self._write(record, intent=None, **columns)
 
@@ -412,7 +413,7 @@ class Store(Generic[OptionsT]):
     def _write(self, record: StoredNetwork[Any] | StoredEndpoint, **columns: bytes | str | None) -> None:
         before: NetworkRow | EndpointRow = record.row
         row = msgspec.structs.replace(before, **columns)
-        # What is half done ends with the power, and its completion syncs what is before it in the log.
+        # An intent may be lost with the power; its completion syncs everything before it in the log.
         synced = row.synced and row.intent is None
         if row.key is not None:
             assignments = ", ".join([f"{column} = ?" for column in columns])
@@ -455,7 +456,7 @@ class Store(Generic[OptionsT]):
     # ----------------------------------------------------------------------------------------------------- swarm
 
     def save_allocation(self, network_id: str, request: bytes, answer: bytes) -> None:
-        """Write down what a network is allocated."""
+        """Write down the options that a network is allocated."""
         row = AllocationRow(network_id, request, answer)
         with self._lock:
             statement = "INSERT OR REPLACE INTO allocations VALUES (?, ?, ?)"

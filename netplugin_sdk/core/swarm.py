@@ -1,7 +1,7 @@
-"""What a swarm tells a driver: what its networks are allocated, and which nodes there are.
+"""The swarm as a driver sees it: the options that its networks are allocated, and the nodes.
 
-The swarm's own memory is the log of its managers. What is on disk here is what this host was told of it, and where the
-two differ the swarm is right. docs/swarm.md has the facts, and where they come from.
+The swarm's own memory is the log of its managers. The state on disk here holds only the parts that this host was told,
+and where the two differ the swarm is right. docs/swarm.md has the facts, and where they come from.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Allocations(Generic[OptionsT]):
     """``AllocateNetwork`` and ``FreeNetwork``, which the leader of the managers sends to its own plugin only.
 
     A manager that becomes the leader sends ``AllocateNetwork`` for each network, with the options that it was given
-    before, by whichever manager's plugin. So what a request holds counts more than what is on disk. And what is on disk
+    before, by whichever manager's plugin. So the options of a request count more than those on disk. And those on disk
     may have been freed elsewhere: until it is asked for again, others get its numbers only if there are no more.
     """
 
@@ -42,7 +42,7 @@ class Allocations(Generic[OptionsT]):
         driver = shared.driver
         self._driver, self._store, self._locks = driver, shared.store, shared.locks
         self.current: Mapping[str, Mapping[str, str]] = MappingProxyType({})
-        """What each network is allocated: its options by its id. A mapping that was read does not change."""
+        """The options that each network is allocated, by its id. A mapping that was read does not change."""
         self._pools: dict[str, NumberPool] = {}
         self._guard = threading.Lock()  # of the pools: networks are allocated in parallel
         if driver.cluster_numbers:
@@ -76,7 +76,7 @@ class Allocations(Generic[OptionsT]):
                     given = answers.allocate_network(
                         self._driver.allocate_network(msgspec.structs.replace(request, options=options))
                     )
-                    # The answer replaces the network's options: what is not in it, the nodes do not get.
+                    # The answer replaces the network's options: the nodes get no others.
                     answer = messages.encode({"Options": {**options, **given, **numbers}})
                     calls.commit()
                     self._store.save_allocation(network_id, body, answer)
@@ -173,7 +173,7 @@ class Allocations(Generic[OptionsT]):
 
 def _release(pool: NumberPool, owner: str) -> None:
     if (number := pool.of(owner)) is not None:
-        pool.take(number, owner)  # what is held cannot be released
+        pool.take(number, owner)  # a held number cannot be released
         pool.release(number)
 
 
@@ -190,9 +190,9 @@ def _options(answer: bytes) -> dict[str, str]:
 
 
 class Peers(Generic[OptionsT]):
-    """``DiscoverNew`` and ``DiscoverDelete``, which the engine makes of what its gossip says of addresses.
+    """``DiscoverNew`` and ``DiscoverDelete``, which the engine derives from its gossip about addresses.
 
-    The set on disk is what counts. It changes first, then the driver is told, network by network. Where that fails, or
+    The set on disk counts. It changes first, then the driver is told, network by network. Where that fails, or
     this node has changed, `restore` asks for the driver's `create_network` of each network, which finds the set.
 
     A node that the gossip loses is one of the set for a while: mostly it is only unreachable, or its engine restarts
@@ -218,7 +218,7 @@ class Peers(Generic[OptionsT]):
         self._read()
 
     def close(self) -> None:
-        """Nobody leaves any more."""
+        """Stop the timer: no node leaves any more."""
         with self._lock:
             self._lost.clear()
             if self._timer is not None:
@@ -257,7 +257,7 @@ class Peers(Generic[OptionsT]):
             self._timer.start()
 
     def _end_lost(self) -> None:
-        """Those that have been lost for long enough leave."""
+        """Let the nodes leave that have been lost for long enough."""
         with self._lock:
             self._timer = None
             now = time.monotonic()

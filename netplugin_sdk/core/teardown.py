@@ -1,4 +1,4 @@
-"""Removal: of what Docker deletes, of what is half done, and of what was left behind; and the work after an answer.
+"""Removal of networks and endpoints: deleted by Docker, half done, or left behind; and the work after an answer.
 
 Everything here ends with the record out of the store, or with its intent in the file: then the next start finds it.
 Each method says whether its network must be locked.
@@ -33,10 +33,10 @@ class Teardown(Generic[OptionsT]):
         """Wait until no work is left to do after answers."""
         self._late.wait()
 
-    # ------------------------------------------------------------------------------------------- what Docker deletes
+    # ------------------------------------------------------------------------------------------- deleted by Docker
 
     def end_network(self, network: StoredNetwork[OptionsT]) -> None:
-        """``DeleteNetwork``: what may be done after the answer is. The network is locked."""
+        """``DeleteNetwork``; part of it may run after the answer. The network is locked."""
         self._store.intend(network, "DeleteNetwork")
         for endpoint in network.endpoints.values():
             _log.warning("DeleteNetwork: %r still has %r, deleting it first", network, endpoint)
@@ -93,7 +93,7 @@ class Teardown(Generic[OptionsT]):
         self._store.going(record)
         self._late.submit(lambda: self._repairs.run_logged("delete", record, finish))
 
-    # ------------------------------------------------------------------------------------------ what must go now
+    # ------------------------------------------------------------------------------------------ removed now
 
     def delete_network(self, network: StoredNetwork[OptionsT]) -> None:
         """Remove a network that is half made or half deleted, completely. It is locked."""
@@ -112,7 +112,7 @@ class Teardown(Generic[OptionsT]):
         self._store.gone(endpoint)
 
     def resolve_intent(self, endpoint: StoredEndpoint) -> None:
-        """Finish or undo what is half done with an endpoint. Its network is locked."""
+        """Finish or undo an endpoint's half-done operation. Its network is locked."""
         _log.warning("%r: %s was not finished: finishing or undoing it", endpoint, endpoint.row.intent)
         self._repairs.count("half_done")
         match endpoint.row.intent:
@@ -125,14 +125,14 @@ class Teardown(Generic[OptionsT]):
 
     @staticmethod
     def undo(record: object, operation: Operation, undo: Callable[[], None]) -> None:
-        """Take back what a method that failed may have made half of. The caller raises what it failed with."""
+        """Undo the half of its work that a failed method may have done. The caller raises the failure."""
         try:
             undo()
         except BaseException:
-            # The row keeps its intent: it says what is half done.
+            # The row keeps its intent, and so names the half-done operation.
             _log.exception("%s of %r failed, and so did undoing it", operation, record)
 
-    # --------------------------------------------------------------------------------------- what was left behind
+    # --------------------------------------------------------------------------------------- left behind
 
     def delete_vanished_endpoints(self) -> None:
         """Delete the endpoints whose links are gone: their containers ended, and no call said so. Nothing is locked."""

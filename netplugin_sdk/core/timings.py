@@ -18,7 +18,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     repair_delay_max: float = 30.0
     """The same, when something is lost again and again."""
     engine_grace: float = 10.0
-    """An engine that starts, makes a network or lost a request has this long before it is asked what it has."""
+    """An engine that starts, makes a network or lost a request has this long before it is asked for its networks."""
     missing_grace: float = 30.0
     """Docker must not know a network or an endpoint for this long before it is deleted."""
     compare_every: float = 300.0
@@ -34,6 +34,6 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     query_retry_slow: float = 30.0
     """A recurring query that goes on failing is repeated."""
     agent_start: float = 60.0
-    """What the engine's network agent tells within this time belongs to one start of it."""
+    """Nodes that the engine's network agent announces within this time belong to one start of it."""
     node_lost: float = 120.0
     """A node that the gossip lost has left: workers find a manager that restarts alone after up to 60 s."""

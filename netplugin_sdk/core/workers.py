@@ -22,7 +22,7 @@ from netplugin_sdk.errors import Unavailable
 _log = logging.getLogger("netplugin_sdk")
 
 Query: TypeAlias = Callable[[Docker], bool]
-"""Asks the engine, and does what follows. Whether it is done; else it is asked again."""
+"""Asks the engine and acts on the answer. Returns whether it is done; otherwise it is asked again."""
 
 
 @dataclass(order=True)
@@ -36,7 +36,7 @@ class _Due:
 
 
 class Locks:
-    """A lock for each key, there only while somebody holds or wants it.
+    """A lock for each key, which exists only while a thread holds or wants it.
 
     `wait` is how many seconds `hold` waits, unless it is told otherwise.
     """
@@ -146,7 +146,7 @@ class EngineQueries:
         """Ask it in `delay` seconds, and again until it is done; it is dropped after a minute, unless it is recurring.
 
         A query that waits already, and is equal, is asked at the earlier time. An engine that refuses or does not
-        answer is asked again; what else a query raises is logged.
+        answer is asked again; any other exception of a query is logged.
         """
         when = time.monotonic() + delay
         expires = when + self._timings.query_expires
@@ -167,7 +167,7 @@ class EngineQueries:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ask nothing more; wait for what is being done with an answer, but for no answer.
+        """Ask nothing more; wait until the current answer is processed, but for no further answer.
 
         An engine that starts may wait for this plugin's end before it answers: it ends managed plugins of its
         predecessor (docs/managed.md).
@@ -193,7 +193,7 @@ class EngineQueries:
                 if due.expires < math.inf:
                     due.pause = min(2 * due.pause, self._timings.query_retry_max)
                 if due.when > due.expires:
-                    _log.warning("Docker at %s does not answer what it is asked", self._path)
+                    _log.warning("Docker at %s does not answer", self._path)
                     if not due.recurring:
                         continue
                     due.pause, due.expires = self._timings.query_retry_slow, math.inf
@@ -220,5 +220,5 @@ class EngineQueries:
             _log.debug("%s", error)
             return False
         except BaseException:  # SystemExit, too: a driver's sys.exit must not end this thread
-            _log.exception("cannot use what Docker answered")
+            _log.exception("cannot use Docker's answer")
             return True

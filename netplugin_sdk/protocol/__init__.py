@@ -1,1 +1,1 @@
-"""What crosses the wire."""
+"""The messages of the wire, and the options in them."""

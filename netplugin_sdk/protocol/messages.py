@@ -133,7 +133,7 @@ def _without_scope(text: str) -> IPAddress:
 
 
 def _with_prefix(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """The prefix length must be given: `ipaddress` would take one address for the whole."""
+    """Require the prefix length: without one `ipaddress` would take /32 or /128."""
 
     def parsed(text: str) -> T:
         if "/" not in text:

@@ -156,7 +156,7 @@ def _split(text: Any) -> Any:
 
 
 def from_text(wanted: type, text: Any) -> Any:
-    """What `text` says as a `wanted`: for msgspec, which asks for the types that are not its own."""
+    """The value of `text` as a `wanted`: a hook of msgspec, for types that it does not know."""
     if (what := _NATIVE.get(wanted)) is not None:
         try:
             return wanted(text)

@@ -357,7 +357,7 @@ def test_a_driver_is_told_of_twenty_at_once(engine: PrivateEngine, telling: Proc
 
 @pytest.mark.one_engine
 def test_a_driver_that_asks_docker_while_docker_waits_is_refused(clean: PrivateEngine) -> None:
-    """Else both might wait for ever."""
+    """Else both might wait forever."""
     methods = {"create": "NetworkDriver.CreateEndpoint", "join": "NetworkDriver.Join"}
     with fresh(clean, "asking"):
         for where, method in methods.items():

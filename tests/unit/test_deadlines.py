@@ -240,7 +240,7 @@ def test_addresses_that_are_given_too_late_are_taken_back(caplog: pytest.LogCapt
             request = {**address, "Address": "10.1.0.10"}
             answer = plugin.handle("/IpamDriver.RequestAddress", json.dumps(request).encode(), driver.call)
             assert answer.status == 503
-    assert "what was given too late cannot be taken back" in caplog.text
+    assert "cannot take back a pool or an address that was given too late" in caplog.text
 
 
 DELETIONS = [
