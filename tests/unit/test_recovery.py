@@ -660,7 +660,7 @@ def test_docker_is_not_asked_from_inside_a_call(
     assert status == 500
     assert text == (
         f"NetworkDriver.CreateEndpoint must not ask Docker ({what}): Docker waits for its answer, and both may wait "
-        "for ever; NetworkDriver.container_attached tells of containers"
+        "forever; NetworkDriver.container_attached tells of containers"
     )
     assert not engine.asked
 
