@@ -1,4 +1,4 @@
-"""What `make demo` runs: a real Docker Engine uses myplugin, command by command, with what each prints.
+"""The program of `make demo`: a real Docker Engine uses myplugin, command by command, with the output of each.
 
     python examples/demo.py [--engine 26.1|20.10|28.5|host|none]
 
@@ -183,7 +183,7 @@ def without_docker() -> None:
 
 @contextlib.contextmanager
 def host_plugin() -> Iterator[None]:
-    """myplugin on this machine. What it remembers on disk goes, too, if there was nothing before."""
+    """myplugin on this machine. Its state on disk is removed, too, if there was none before."""
     new = [folder for folder in (STATE, STATE.parent) if not folder.exists()]
     with (
         tempfile.NamedTemporaryFile(prefix="myplugin-", suffix=".log") as log,
@@ -206,7 +206,7 @@ def host_plugin() -> Iterator[None]:
 
 @contextlib.contextmanager
 def removed_afterwards(run: Callable[[list[str]], subprocess.CompletedProcess[str]]) -> Iterator[None]:
-    """Whatever happens, the demo's containers and network go."""
+    """Remove the demo's containers and network, whatever happens."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What `make demo-swarm` runs: three hosts with a Docker Engine each, a swarm of them, a network of netplugin-overlay.
+"""The program of `make demo-swarm`: three hosts with a Docker Engine each, a swarm of them, and an overlay network.
 
     python examples/demo_swarm.py [--engine 26.1|20.10|28.5]
 
@@ -132,7 +132,7 @@ def run_on(host: Host, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def left(host: Host) -> str:
-    """What there is of any network of the driver on this host."""
+    """The links of the driver's networks on this host."""
     return host.engine.run(["bash", "-c", LEFT]).stdout
 
 

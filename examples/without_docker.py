@@ -1,4 +1,4 @@
-"""What `make demo ENGINE=none` runs: myplugin without Docker, step by step.
+"""The program of `make demo ENGINE=none`: myplugin without Docker, step by step.
 
     unshare --net --mount python examples/without_docker.py
 
@@ -24,12 +24,12 @@ SOCKET = Path("/run/docker/plugins/myplugin.sock")
 
 
 def show(line: str, *results: object) -> None:
-    """What is done, and what came of it."""
+    """A step, and its outcome."""
     print(f"{BOLD}>>> {line}{RESET}", *results, sep="\n", flush=True)
 
 
 def run(*command: str) -> str:
-    """What a command prints, here, where the bridge is."""
+    """The output of a command, here, where the bridge is."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
 
 

@@ -1,4 +1,4 @@
-"""What a driver raises, and how each error reaches Docker.
+"""Errors that a driver raises, and how each reaches Docker.
 
 An error is its own answer: `status` is the HTTP status of the reply and ``str(error)`` the one line that
 `docker` prints after the method's name. The engine reads any non-200 reply as an error and shows the body's

@@ -38,7 +38,7 @@ _DRIVER = re.compile(r"[\w.]+:\w+")
 
 @dataclass(frozen=True)
 class _Order:
-    """What is wanted; all paths are absolute."""
+    """The request; all paths are absolute."""
 
     project: Path
     name: str
@@ -168,7 +168,7 @@ def _make(order: _Order, described: rootfs.Project, wheels: Path, folder: Path) 
 
 
 def _prepare(root: Path) -> None:
-    """What `_config` counts on."""
+    """Write the files that `_config` relies on."""
     inside = root / _START_INSIDE.lstrip("/")
     inside.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(_START, inside)
@@ -257,7 +257,7 @@ def _program(order: _Order, described: rootfs.Project) -> list[str]:
 
 
 def _check(config: dict[str, Any], root: Path) -> None:
-    """What Docker would find out only when the plugin is enabled."""
+    """Find the faults that Docker would find only when the plugin is enabled."""
     entrypoint, interface = config.get("entrypoint") or [], config.get("interface") or {}
     if not entrypoint or not interface.get("socket") or not interface.get("types"):
         raise InvalidRequest("config.json must have an entrypoint, interface.socket and interface.types")

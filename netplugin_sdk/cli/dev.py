@@ -120,7 +120,7 @@ def _note(saved: _Saved, path: str) -> None:
 
 
 def _settle(roots: list[Path]) -> _Saved:
-    """What there is when nobody is saving: editors write a file in steps, and several at a time."""
+    """The files once no editor is saving: editors write a file in steps, and several at a time."""
     saved = _look(roots)
     for _ in range(20):  # somebody may write one all the time
         time.sleep(_SETTLED)

@@ -1,4 +1,4 @@
-"""What this host lacks for network plugins, and the commands that fix it: looked at topic by topic."""
+"""Findings of `netplugin doctor`: the faults of this host for network plugins, and the commands that fix them."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _run(*command: str) -> tuple[int, str, str]:
 
 
 def _fails(*command: str) -> str | None:
-    """What it complains of, if it fails."""
+    """The complaint of a program that fails; None if it succeeds."""
     status, _, errors = _run(*command)
     return (errors.strip().splitlines() or [f"status {status}"])[0] if status else None
 
@@ -350,7 +350,7 @@ class _Engine:
             yield Finding(topic, Level.OK, "no userland proxy: published ports of its bridges are not reached by ::1")
 
     def networks(self) -> Iterator[Finding]:
-        """Whose driver is not there."""
+        """Find networks whose driver is not there."""
         topic = "Networks"
         enabled = {plugin["Name"].removesuffix(":latest") for plugin in self.managed if plugin["Enabled"]}
         for network in self.listed:

@@ -172,8 +172,9 @@ class _Table:
 def repair(*, plugin: str, folder: Path | None, wait: float, as_json: bool) -> None:
     """Have a running plugin compare its state with the kernel and Docker, and repair what differs.
 
-    It gets SIGHUP: what was half done is finished or undone, and what is missing in the kernel is made again. What
-    Docker does not know is removed when it has not known it for half a minute, so that takes its time. Needs root.
+    It gets SIGHUP: half-done operations are finished or undone, and missing parts in the kernel are made again.
+    Networks and endpoints that Docker has not known for half a minute are removed, so repair may take longer. Needs
+    root.
 
     Exit status: 0 if all agree afterwards, 1 if something is left.
     """
@@ -212,7 +213,7 @@ def _wait(plugin: str, folder: Path, wait: float) -> Snapshot:
 
 
 def _left(snapshot: Snapshot) -> Iterator[str]:
-    """What a user can do where a plugin cannot: the engine makes a container's interfaces when it starts."""
+    """The user's remedy where a plugin has none: the engine makes a container's interfaces when it starts."""
     containers = [
         endpoint.name
         for network in snapshot.networks

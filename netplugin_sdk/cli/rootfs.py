@@ -29,7 +29,7 @@ SUITE = "trixie"
 """Debian's release in a plugin."""
 
 PACKAGES = ("python3", "iptables", "nftables")
-"""What a plugin has of Debian, with what these depend on."""
+"""The Debian packages in a plugin's root filesystem, beside their dependencies."""
 
 _KEPT = ("base-files", "dash", "media-types")
 """Also needed: /bin → usr/bin and the like; /bin/sh, by whatever calls a program."""
@@ -129,7 +129,7 @@ def _closure(status: Path, wanted: Iterable[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Project:
-    """What a wheel says of itself."""
+    """The metadata of a wheel."""
 
     wheel: Path
     name: str
@@ -326,7 +326,7 @@ def _files(root: Path) -> Iterator[os.stat_result]:
 
 
 def _run(*command: str, stdin: int = subprocess.DEVNULL, failing: bool = False) -> str:
-    """What a program prints. Raises `Unavailable` with its last words if it fails, unless it may be `failing`."""
+    """The output of a program. Raises `Unavailable` with its last line if it fails, unless it may be `failing`."""
     try:
         done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:

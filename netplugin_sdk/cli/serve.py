@@ -44,7 +44,7 @@ class _Value(click.ParamType[Any]):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options say, wherever they were given."""
+    """The settings, wherever they were given."""
 
     drivers: tuple[str, ...]
     """``MODULE:DRIVER``."""

@@ -246,7 +246,7 @@ def _clock(seconds: float) -> str:
 
 
 def _ids(request: Any) -> str:
-    """What it is about: network and endpoint, or pool and address."""
+    """The subject of a call: network and endpoint, or pool and address."""
     if not isinstance(request, dict):
         return "(empty)" if request is None else "(no JSON object)"
     network, endpoint = (str(request.get(name) or "")[:_SHORT] for name in ("NetworkID", "EndpointID"))

@@ -79,7 +79,7 @@ class Endpoint(Record):
         return endpoint
 
     def saved(self) -> _Saved:
-        """What of it is on disk."""
+        """The part of it that is on disk."""
         return _Saved(
             name=self.name,
             addresses=self.addresses,
@@ -161,7 +161,7 @@ class Endpoint(Record):
             raise InvalidRequest(f"{error}; rolled back") from None
 
     def operational_info(self) -> dict[str, Any]:
-        """What the driver knows of it (``EndpointOperInfo``), as `docker inspect` asks."""
+        """The driver's facts of it (``EndpointOperInfo``), as `docker inspect` asks for them."""
         value: dict[str, Any] = self.network.driver.call("EndpointOperInfo", self.ids).get("Value") or {}
         return value
 
@@ -210,7 +210,7 @@ class Endpoint(Record):
             self.gateways.pop(6, None)
 
     def leave(self) -> None:
-        """Disconnect it from its sandbox. What the driver refuses is logged, as an engine does."""
+        """Disconnect it from its sandbox. A refusal of the driver is logged, as an engine does."""
         sandbox = self.sandbox
         if sandbox is None:
             raise Conflict("cannot leave endpoint with no attached sandbox")
@@ -252,7 +252,7 @@ class Endpoint(Record):
                 driver.call("ProgramExternalConnectivity", {**self.ids, "Options": options})
 
     def delete(self) -> None:
-        """Delete it; it leaves its sandbox first. What the driver refuses is logged, as an engine does."""
+        """Delete it; it leaves its sandbox first. A refusal of the driver is logged, as an engine does."""
         if self.sandbox is not None:
             self.leave()
         network = self.network

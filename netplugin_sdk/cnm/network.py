@@ -79,7 +79,7 @@ class Network(Record):
         return network
 
     def saved(self) -> _Saved:
-        """What of it is on disk."""
+        """The part of it that is on disk."""
         driver, ipam = self._drivers
         return _Saved(
             name=self.name,

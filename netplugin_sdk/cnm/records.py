@@ -1,4 +1,4 @@
-"""What networks, endpoints and sandboxes share: the engine to speak like, and the file that keeps them."""
+"""The common part of networks, endpoints and sandboxes: the engine to imitate, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 class Subnet(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``docker network create`` says of a subnet; what is None the IPAM driver chooses.
+    """A subnet as ``docker network create`` gives it; the IPAM driver chooses where a field is None.
 
     `range` is ``--ip-range``, `auxiliary` is ``--aux-address``.
     """
@@ -105,7 +105,7 @@ class Pool(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Host:
-    """What the networks and sandboxes of one controller have in common."""
+    """The parts that the networks and sandboxes of one controller share."""
 
     engine: Engine
     folder: Path
@@ -133,7 +133,7 @@ class Record:
         self.name = name
 
     def saved(self) -> msgspec.Struct:
-        """What of it is on disk."""
+        """The part of it that is on disk."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -144,7 +144,7 @@ SavedT = TypeVar("SavedT", bound=msgspec.Struct)
 
 
 def read(kind: type[SavedT], data: bytes) -> SavedT:
-    """What `Record.saved` wrote."""
+    """The value that `Record.saved` wrote."""
     return msgspec.json.decode(data, type=kind, dec_hook=from_text)
 
 

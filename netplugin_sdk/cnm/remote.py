@@ -1,7 +1,7 @@
 """How an engine finds a plugin and calls it, with its habits, its words and its flaws.
 
 From the sources of moby (``pkg/plugins``, ``daemon/libnetwork/{drivers,ipams}/remote``) and of Go's ``net/http``, which
-carries its requests. What an engine prints behind ``Error response from daemon:`` is the text of the error here.
+carries its requests. The text of an error here is the one that an engine prints behind ``Error response from daemon:``.
 """
 
 from __future__ import annotations
@@ -440,7 +440,7 @@ class RemotePlugin:
                 if not self._idle:
                     break
                 connection, since = self._idle.pop()
-            # What can be read before anything is asked is its end, or makes no sense.
+            # Data before a request means the end of the connection, or makes no sense.
             if self._patience.now() - since < _IDLE_TIME and not _readable(connection):
                 return connection, True
             connection.close()
@@ -595,7 +595,7 @@ def _field(content: Mapping[str, Any], name: str, default: _T) -> _T:
 
 
 def _refusal(answer: bytes) -> str:
-    """What an answer with another status than 200 says: the ``Err`` of either kind of driver, else all of it."""
+    """The error text of an answer whose status is not 200: the ``Err`` of either kind of driver, else all of it."""
     text = answer.decode(errors="replace")
     try:
         content = json.loads(text, parse_constant=_no_number)

@@ -68,7 +68,7 @@ class Sandbox(Record):
         return sandbox
 
     def saved(self) -> _Saved:
-        """What of it is on disk."""
+        """The part of it that is on disk."""
         return _Saved(name=self.name, is_host=self._is_host, options=self.options, default_routes=self._default_routes)
 
     def create(self, ports: Sequence[PortMapping], exposed: Sequence[Port], host: bool) -> None:
@@ -82,7 +82,7 @@ class Sandbox(Record):
         self._is_host = host
 
     def run(self, *command: str, timeout: float | None = None) -> str:
-        """What a program prints that runs in it, and finds the names of its neighbours in ``/etc/hosts``.
+        """The output of a program that runs in it, and finds the names of its neighbours in ``/etc/hosts``.
 
         Raises `DriverError` with what it complains of, if it fails.
         """

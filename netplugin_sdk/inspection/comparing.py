@@ -275,7 +275,7 @@ def _routes(known: StoredEndpoint, sight: NamespaceView) -> Iterator[Fact]:
 
 
 def _on_its_bridge(endpoint: InspectedEndpoint, bridges: set[str]) -> InspectedEndpoint:
-    """Whose outer end has lost its bridge, if the network has one."""
+    """The endpoints whose outer end has lost its bridge, if the network has one."""
     outside = endpoint.outside
     if outside is None or outside.kind != "veth" or outside.master in bridges or not bridges:
         return endpoint
@@ -311,7 +311,7 @@ def _other_end(inside: Interface, here: NamespaceView) -> Interface | None:
 
 
 def _ports(network: StoredNetwork, endpoint: StoredEndpoint) -> Iterator[Port]:
-    """What is published: as the driver has attached it (`linux.ports.Published`); else what was asked for."""
+    """The published ports, as the driver has attached them (`linux.ports.Published`); else the requested ones."""
     external = endpoint.external
     if external is None or network.internal:
         return
@@ -346,7 +346,7 @@ def _published(data: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prefixes(networks: Iterable[InspectedNetwork]) -> set[str]:
-    """What the names of the networks' own bridges begin with, as far as any are there: a driver makes all alike."""
+    """The prefix of the names of the networks' own bridges, if any are there: a driver makes all alike."""
     return {
         match[1]
         for network in networks

@@ -1,4 +1,4 @@
-"""What a plugin has on disk, read while the plugin writes; and which process that is."""
+"""A plugin's state on disk, read while the plugin writes; and the plugin's process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAL_HEADER = 32  # bytes: https://www.sqlite.org/fileformat2.html#the_write_ahe
 def read(folder: Path) -> Mapping[str, StoredNetwork[DriverOptions]]:
     """The networks by id, with their endpoints; options are to be read raw, since the driver's class is not known.
 
-    The plugin holds SQLite's lock, so a copy is read. What the log has counts before what the file has, and the log
+    The plugin holds SQLite's lock, so a copy is read. The log takes precedence over the file, and the log
     only grows until all of it is in the file; then it begins again, under another header. So if the header is the same
     before the file is read and after the log is, the log has all that the file has, and a torn end of it, which its
     checksums tell, is a transaction that was not complete.
@@ -60,7 +60,7 @@ def _copy(folder: Path, copy: Path) -> None:
 
 
 def _generation(file: Path, log: Path) -> tuple[int, bytes | None, int]:
-    """What stays the same while the log only grows; without a log, while the file is not written."""
+    """A mark that stays the same while the log only grows; without a log, while the file is not written."""
     found = file.stat()
     try:
         with log.open("rb") as opened:

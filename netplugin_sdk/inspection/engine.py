@@ -1,4 +1,4 @@
-"""What Docker has of a plugin: networks, endpoints, containers."""
+"""Docker's view of a plugin: networks, endpoints, containers."""
 
 from __future__ import annotations
 

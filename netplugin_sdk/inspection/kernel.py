@@ -1,4 +1,4 @@
-"""What the kernel has: interfaces here and in sandboxes, ports that somebody listens on, bridges that have rules."""
+"""The kernel's view: interfaces here and in sandboxes, ports with a listener, bridges with rules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NamespaceView(msgspec.Struct, frozen=True):
-    """What a network namespace has."""
+    """The view of one network namespace."""
 
     interfaces: Mapping[str, Interface] = {}
     gateways: tuple[IPAddress, ...] = ()
@@ -64,7 +64,7 @@ class Listener(msgspec.Struct, frozen=True):
 
 
 class Host(msgspec.Struct, frozen=True):
-    """What the namespace of the caller has."""
+    """The view of the caller's namespace."""
 
     sight: NamespaceView
     listeners: frozenset[Listener]

@@ -110,7 +110,7 @@ def _look(plugin: str, folder: Path) -> Snapshot:
 def _sandboxes(
     networks: Mapping[str, StoredNetwork] | None, found: Engine | None
 ) -> tuple[dict[str, NamespaceView | None], str | None]:
-    """What is seen in the sandboxes, by endpoint: None where there is none any more; and why not all were looked at."""
+    """The views into the sandboxes, by endpoint, None where one is gone; and why some were left out."""
     if os.geteuid() != 0:
         return {}, "that needs root"
     places: dict[str, tuple[Path, ...]] = {}

@@ -1,4 +1,4 @@
-"""What is known of a plugin: networks and endpoints as state, kernel and Docker have them, and what differs.
+"""The view of a plugin: networks and endpoints as state, kernel and Docker have them, and the differences.
 
 Of each network and endpoint there are facts, such as its MAC address; a fact has what each of the three says, where it
 says anything. State counts, since it is what Docker was told.
@@ -15,18 +15,18 @@ from netplugin_sdk.inspection.kernel import Interface
 from netplugin_sdk.values import IPAddress, IPInterface, TransportProtocol
 
 UNKNOWN_TO_DOCKER = "Docker does not know it"
-"""What is wrong with what a plugin removes by itself, after Docker has not known it for half a minute."""
+"""The fault of a record that a plugin removes by itself, after Docker has not known it for half a minute."""
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True):
-    """What the three say of one thing; None: it says nothing of it, or could not be asked."""
+    """The three views of one fact; None where a view does not have it, or could not be asked."""
 
     name: str
     state: str | None = None
     kernel: str | None = None
     docker: str | None = None
     wrong: str | None = None
-    """What is wrong, in words; None if all is well."""
+    """The fault, in words; None if all is well."""
 
     @classmethod
     def compared(cls, name: str, state: str | None, kernel: str | None = None, docker: str | None = None) -> Self:

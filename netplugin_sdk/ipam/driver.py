@@ -99,7 +99,7 @@ class _Network:
     leases: dict[IPAddress, str] = field(default_factory=dict)
     """Of an address in use: for which container it will be kept."""
     asked_again: set[IPAddress] = field(default_factory=set)
-    """What an engine may ask for once more, since it has started."""
+    """The pools and addresses that an engine may request again, since it has started."""
 
 
 @dataclass

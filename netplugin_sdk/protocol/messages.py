@@ -408,7 +408,7 @@ class CreateNetwork(msgspec.Struct, frozen=True):
 class AllocateNetwork(msgspec.Struct, frozen=True):
     """``AllocateNetwork``: a swarm manager asks what a global network needs before any node creates it.
 
-    `options` is what ``-o`` gave. What the driver returns is sent to the nodes with ``CreateNetwork``.
+    `options` has the ``-o`` options. The nodes get the driver's answer with ``CreateNetwork``.
     """
 
     network_id: str

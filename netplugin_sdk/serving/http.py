@@ -35,7 +35,7 @@ WARN_FRACTION = 0.4
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client may cost: sizes in bytes, times in seconds."""
+    """Limits of one client: sizes in bytes, times in seconds."""
 
     head: int = 64 * 1024
     """Request line and headers."""
@@ -252,7 +252,7 @@ class Connection:
         return self._reader.expected
 
     def stop_reading(self) -> None:
-        """Let the client send nothing more. What was received is still answered."""
+        """Let the client send nothing more. Received requests are still answered."""
         # Not SSLSocket's shutdown, which would go on in plain text.
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RD)

@@ -155,7 +155,7 @@ def ending_despite_threads() -> Iterator[None]:
 
 
 def _status(raised: BaseException | None) -> int:
-    """What Python would end with, and say."""
+    """The status that Python would exit with; its message is printed."""
     if raised is None or (isinstance(raised, SystemExit) and raised.code is None):
         return 0
     if isinstance(raised, SystemExit) and isinstance(raised.code, int):

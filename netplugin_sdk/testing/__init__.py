@@ -1,1 +1,1 @@
-"""What the tests of a driver need; nothing of it is imported by a running plugin."""
+"""Tools for the tests of a driver; a running plugin imports none of them."""

@@ -246,7 +246,7 @@ class PrivateEngine:
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
             _remove_stale(labs)
             self.folder = Path(tempfile.mkdtemp(prefix=f"{version}-", dir=labs))
-            """What it keeps on disk; removed with it."""
+            """The folder that it keeps its files in; removed with it."""
             self._lock = (self.folder / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._first: subprocess.Popen[bytes] | None = None
@@ -264,7 +264,7 @@ class PrivateEngine:
     # ------------------------------------------------------------------------------------------------ programs
 
     def docker(self, *arguments: str, timeout: float = 120) -> str:
-        """What ``docker ARGUMENTS`` prints, without the last newline.
+        """The output of ``docker ARGUMENTS``, without the last newline.
 
         Raises:
             EngineError: it failed; the text is what it wrote to standard error.

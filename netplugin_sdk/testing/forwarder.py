@@ -1,4 +1,4 @@
-"""What stands in front of a plugin's socket: a program by itself, which `tap` runs as ``python -P forwarder.py``.
+"""The forwarder in front of a plugin's socket: a program of its own, which `tap` runs as ``python -P forwarder.py``.
 
 Its arguments are the path of the plugin's socket, the descriptor that holds its `Place`, and that of a pipe for what
 it sees. It ends when its standard input does, so also when its parent is killed: it gives the socket back, answers what
@@ -7,8 +7,8 @@ was asked, and exits. So no call is cut and no client ever meets a closed socket
     engine ── PATH: our socket ── forwarder ── FOLDER/plugin: the plugin's socket ── plugin
 
 Bytes go on as they came; closed is closed and half closed half closed. One thread and one epoll. HTTP is parsed beside
-it, only to know which connections have a call under way. What it sees goes to the pipe behind it, as records of a
-`HEADER` and bytes; a reader that falls too far behind ends the trace, never a call.
+it, only to know which connections have a call under way. It writes everything that it sees to the pipe behind it, as
+records of a `HEADER` and bytes; a reader that falls too far behind ends the trace, never a call.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def _is_same(one: Path, other: Path) -> bool:
 class Place:
     """A plugin's socket, and the folder beside it where it is while its path leads to us.
 
-    Docker's scan passes over the folder, which has no socket of its own name in it. What is in it says what there is to
-    restore, whichever process was killed: `ours` is a second name of our socket, `plugin` is what we stand in front of.
+    Docker's scan passes over the folder, which has no socket of its own name in it. Its files say what there is to
+    restore, whichever process was killed: `ours` is a second name of our socket, `plugin` is the one that we stand in
+    front of.
     """
 
     def __init__(self, path: Path, held: int = -1) -> None:
@@ -232,7 +233,7 @@ class _Side:
         self.passed_on = False  # and the other side was told so
         self.hung = False  # the other end is closed, though something may be left to read
         self.mask = 0
-        """What epoll was told; -1: to forget it."""
+        """The events that epoll was given; -1 removes the connection."""
 
     def handle(self, events: int) -> None:
         self.connection.handle(self, events)
@@ -378,7 +379,7 @@ class _Connection:
         return True
 
     def _settle(self) -> None:
-        """What is to be done, and waited for, after whatever happened."""
+        """Take the next step after an event, and set the events to wait for."""
         engine, plugin = self.engine, self.plugin
         if plugin is None or engine.unsent:
             pass

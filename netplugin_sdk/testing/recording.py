@@ -64,7 +64,7 @@ class Exchange:
 
     @property
     def error(self) -> str:
-        """What an engine would take for an error; "" if it takes it for success (moby ``pkg/plugins/client.go``)."""
+        """The error that an engine would read in it; "" if it reads success (moby ``pkg/plugins/client.go``)."""
         if not self.status:
             return self.no_answer
         return refusal(self.status, self.answer)
@@ -76,7 +76,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Mark:
-    """What happened between two requests."""
+    """An event between two requests."""
 
     text: str
     time: float = 0.0
@@ -121,7 +121,7 @@ def short(data: bytes) -> str:
 
 
 def read(path: Path | str) -> Iterator[Entry]:
-    """What is in a file, line by line.
+    """The entries of a file, line by line.
 
     Raises:
         DriverError: it cannot be read, or a line is not what it should be; the text says which.

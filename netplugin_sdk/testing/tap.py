@@ -306,7 +306,7 @@ class _Direction:
 
 
 class _Conversation:
-    """What is said on one connection."""
+    """The two directions of one connection."""
 
     def __init__(self) -> None:
         self._requests = _Direction(httptools.HttpRequestParser)
@@ -326,7 +326,7 @@ class _Conversation:
         return request
 
     def feed(self, data: bytes, seconds: float, *, is_request: bool) -> list[Entry]:
-        """What is over with these bytes."""
+        """The exchanges that end with these bytes."""
         if not self._is_http:
             return []
         try:
@@ -344,7 +344,7 @@ class _Conversation:
         return [exchange for answer in answers if (exchange := self._answered(answer, seconds)) is not None]
 
     def end(self, why: str) -> list[Entry]:
-        """What is over with the connection."""
+        """The exchanges that end with the connection."""
         entries: list[Entry] = []
         if (answer := self._answers.current) is not None and answer.lasts:
             entries += filter(None, [self._answered(answer, 0.0)])

@@ -1,4 +1,4 @@
-"""What the driver answers, without root and without a kernel: calls as the engine sends them, to a WSGI application."""
+"""The driver's answers, without root and without a kernel: calls as the engine sends them, to a WSGI application."""
 
 import json
 from collections.abc import Iterator

@@ -12,11 +12,11 @@ from netplugin_sdk.linux.firewall import Policy
 from netplugin_sdk.veth import VethDriver
 
 NAME = "{{ cookiecutter.plugin_name }}"
-"""What ``docker network create --driver`` gets."""
+"""The name for ``docker network create --driver``."""
 
 
 class Options(DriverOptions):
-    """What ``docker network create -o KEY=VALUE`` understands. Others are refused."""
+    """The options of ``docker network create -o KEY=VALUE``. Others are refused."""
 
     mtu: Annotated[int, Meta(ge=1280, le=65535)] = 1500
     """MTU in bytes of the bridge and the containers' interfaces. IPv6 needs 1280 (RFC 8200)."""

@@ -1,4 +1,4 @@
-"""What a DHCP server grants: values only, no network."""
+"""The lease that a DHCP server grants: values only, no network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Lease:
 
     @classmethod
     def granted(cls, address: str, options: Mapping[str, Any], server_mac: str, asked: float) -> Self:
-        """What an offer or acknowledgement says, with its options as pyroute2 names them.
+        """The lease of an offer or acknowledgement, with its options as pyroute2 names them.
 
         `asked` is when the request was sent, from which times count (RFC 2131, 4.4.1). Raises ValueError if it grants
         nothing that can be used.

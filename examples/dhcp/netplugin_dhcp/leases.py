@@ -186,7 +186,7 @@ class Leases:
 
 
 class _Stage(enum.Enum):
-    """What is asked of which server; the text completes a sentence for the log."""
+    """The question, and the servers that it goes to; the text completes a sentence for the log."""
 
     CONFIRM = "no DHCP server confirms it"
     """Any server that knows whether the lease is still valid, after an absence."""

@@ -18,7 +18,7 @@ _SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 
 
 def within(namespace: str | None, function: Callable[[], T]) -> T:
-    """What `function` returns or raises in the network namespace of this path; None is the caller's own.
+    """Run `function` in the network namespace of this path; None is the caller's own.
 
     A socket that it opens stays in there. Raises OSError if the namespace is gone or may not be entered.
     """

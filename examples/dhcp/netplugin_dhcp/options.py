@@ -1,4 +1,4 @@
-"""What ``docker network create -d dhcp -o KEY=VALUE`` and a container's ``driver-opt=KEY=VALUE`` understand."""
+"""The options of ``docker network create -d dhcp -o KEY=VALUE``, and of a container's ``driver-opt=KEY=VALUE``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Options(DriverOptions):
 
 
 def wanted_address(options: EndpointOptions) -> IPv4Address | None:
-    """What ``docker run --network name=lan,driver-opt=address=…`` asks for.
+    """The address that ``docker run --network name=lan,driver-opt=address=…`` asks for.
 
     Docker refuses ``--ip`` where no subnet is configured, and with the null IPAM driver none can be.
     """

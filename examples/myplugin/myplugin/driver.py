@@ -52,7 +52,7 @@ class Ports:
 
 
 class BridgeDriver(VethDriver[Options]):
-    """What Docker's bridge driver does.
+    """The driver: does what Docker's bridge driver does.
 
     A network is a bridge with the gateway addresses and its firewall rules. An endpoint is a veth pair: ``ve-ID`` stays
     on the bridge, the engine moves ``vc-ID`` into the container. Its published ports are held open on the host, and
@@ -117,7 +117,7 @@ class BridgeDriver(VethDriver[Options]):
         return network.options.mtu
 
     def endpoint_oper_info(self, network: Network[Options], endpoint: Endpoint) -> Mapping[str, Any]:
-        """What bridge tells. From a plugin the engine shows only some of it (moby daemon/network.go)."""
+        """The facts that bridge tells. From a plugin the engine shows only some of them (moby daemon/network.go)."""
         return {
             "com.docker.network.endpoint.macaddress": endpoint.mac_address,
             "com.docker.network.endpoint.exposedports": endpoint.options.exposed_ports,
@@ -206,7 +206,7 @@ def _gateways(network: Network[Options]) -> Iterator[IPInterface]:
 
 
 def _policy(network: Network[Options]) -> Policy:
-    """What the firewall is to do for this network and its endpoints."""
+    """The firewall's policy for this network and its endpoints."""
     options = network.options
     return Policy(
         bridge=_bridge(network),

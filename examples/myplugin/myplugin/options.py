@@ -1,4 +1,4 @@
-"""What ``docker network create -d myplugin -o KEY=VALUE`` understands: the keys of Docker's own bridge driver."""
+"""The options of ``docker network create -d myplugin -o KEY=VALUE``: the keys of Docker's own bridge driver."""
 
 from ipaddress import IPv4Address, IPv6Address
 from typing import Self
@@ -19,7 +19,7 @@ class Mtu(int):
 
 
 class Prefix(str):
-    """What interfaces' names may begin with: the kernel takes 15 bytes with the number (IFNAMSIZ)."""
+    """A prefix for interfaces' names: the kernel takes 15 bytes with the number (IFNAMSIZ)."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -68,4 +68,4 @@ class Options(DriverOptions):
     """Whether the bridge gets no IPv4 address."""
 
     prefix: Prefix = field(name="com.docker.network.container_iface_prefix", default=Prefix("eth"))
-    """What the names of the containers' interfaces begin with, before the number."""
+    """The prefix of the containers' interface names, before the number."""

@@ -87,7 +87,7 @@ class PtpDriver(NetworkDriver[Options]):
         return Join(inside, gateways=network.gateways, static_routes=_routes(network, endpoint))
 
     def restore_endpoint(self, network: Network[Options], endpoint: Endpoint) -> None:
-        """What the host has of the pair: addresses, group and route."""
+        """The host's part of the pair: addresses, group and route."""
         outside = endpoint.interface_name("ve")
         if not links.exists(outside):
             return

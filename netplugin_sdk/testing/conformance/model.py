@@ -11,7 +11,7 @@ from netplugin_sdk.testing.recording import Exchange
 
 
 class Group(enum.StrEnum):
-    """What a check is about."""
+    """The subject of a check."""
 
     PROTOCOL = "protocol"
     LIFECYCLE = "lifecycle"
@@ -24,7 +24,7 @@ class Group(enum.StrEnum):
 
 
 class Requirement(enum.StrEnum):
-    """What a check needs to be run at all."""
+    """The condition for a check to be run."""
 
     NETWORK_DRIVER = "NetworkDriver"
     """The plugin implements this kind of driver."""
@@ -84,7 +84,7 @@ class Check:
     source: str
     """Where Docker relies on it: a file of moby, or a document."""
     hint: str
-    """What to look at if it fails."""
+    """The place to look at if it fails."""
     function: Callable[..., None]
     """Takes a session; raises ``Failed`` if the plugin does not keep to the contract."""
     requires: frozenset[Requirement]
