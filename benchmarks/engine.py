@@ -57,7 +57,7 @@ SAMPLES = 7  # of each operation at each size of `scale`
 
 
 class Timed:
-    """The engine's API on one connection. What is timed returns milliseconds."""
+    """The engine's API on one connection. Timed methods return milliseconds."""
 
     def __init__(self, engine: PrivateEngine) -> None:
         self._docker = engine.api(timeout=180)
@@ -541,7 +541,7 @@ def main() -> int:
 
 
 def write(options: argparse.Namespace, reports: Sequence[Report]) -> None:
-    """After each engine, so that what was measured is not lost with the next."""
+    """After each engine, so that the figures are not lost with the next."""
     if options.json:
         options.json.write_text(json.dumps([report.to_json() for report in reports], indent=1, ensure_ascii=False))
     if options.svg:

@@ -391,7 +391,7 @@ def in_a_process(sizes: Sequence[int], endpoints: Sequence[int]) -> list[dict[st
             rows.append(row := json.loads(line))
             progress(f"  {row['nodes']} nodes: {row['entries']} entries, told in {row['told_seconds']:.1f} s")
     if process.returncode:
-        raise SystemExit("the real node failed: what it said is above")
+        raise SystemExit("the real node failed: its output is above")
     return rows
 
 

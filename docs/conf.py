@@ -76,10 +76,10 @@ vars(kit).update(
 
 
 def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """What a name in backticks is, where Sphinx does not find it as it stands.
+    """The target of a name in backticks, where Sphinx does not find it as it stands.
 
     A public name is documented where authors import it from; a docstring may name it by where it is defined, or by its
-    end, and a field is described with its class. What begins with a small letter and is no name of ours is a
+    end, and a field is described with its class. A name that begins with a small letter and is not ours is a
     parameter or a program: shown as it is. Names of others are not linked, since nothing is fetched. Any other name is
     a mistake, and Sphinx says so.
     """
@@ -120,7 +120,7 @@ def _is_elsewhere(target: str) -> bool:
 
 
 def _linked(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """In a page's text, too, what stands in backticks and is a public name leads to its description."""
+    """Link public names in backticks in a page's text, too, to their description."""
     for link in list(doctree.findall(nodes.reference)):
         if re.match(r"https?://[A-Z]+\b", link.get("refuri", "")):  # http://ADDRESS:PORT of a command's help
             link.replace_self(link.children)
@@ -156,7 +156,7 @@ def _signature(
 
 
 def _included(_app: Sphinx, path: Path, _parent: str, content: list[str]) -> None:
-    """The README of an example is a page here, too: its links lead to pages, and what GitHub draws is a picture."""
+    """Make the README of an example a page: its links lead to pages, and its diagrams are pictures."""
     text = content[0].replace("(../../README.md)", "(index.md)").replace("(../../docs/", "(")
     text = re.sub(r"\(\.\./(\w+)/README\.md\)", r"(\1.md)", text)
     picture = f"![What is written here in words](pictures/{path.parent.name}.svg)\n"

@@ -3,8 +3,8 @@
     python examples/demo.py [--engine 26.1|20.10|28.5|host|none]
 
 With a version, a private engine of that version is started in namespaces of its own and ended again; nothing of this
-machine is changed. With `host`, the Docker of this machine is used: the plugin runs here, and what was made is removed.
-With `none` there is no Docker: the SDK's own network controller asks the plugin what Docker would ask it.
+machine is changed. With `host`, the Docker of this machine is used: the plugin runs here, and everything that was made
+is removed. With `none` there is no Docker: the SDK's own network controller asks the plugin what Docker would ask it.
 """
 
 from __future__ import annotations

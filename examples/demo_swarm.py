@@ -39,7 +39,7 @@ LEFT = "ip -brief link | grep -E '^(ov|vx|ve|vc)-'; (iptables-save; ip6tables-sa
 
 
 class Demo:
-    """The steps, and what they are compared with."""
+    """The steps, and their expected results."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._hosts = cluster.hosts

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def demonstrate() -> None:
-    """A network, two sandboxes, and what they can do."""
+    """A network, two sandboxes, and the traffic between them."""
     with NetworkController() as controller:
         say("A network of it is a Linux bridge with the gateway's address:")
         lan = controller.create_network("lan", "myplugin", subnets=[Subnet.parse("10.1.0.0/24")])

@@ -83,7 +83,7 @@ class Database:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")  # the folder is locked already; spares four calls a statement
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA wal_autocheckpoint = 8000")  # 8 MB: to move them into the file waits for the disk
-        # A killed process loses nothing that is in the log, synced or not; what is `synced` also survives a power cut.
+        # A killed process loses nothing that is in the log, synced or not; a `synced` write also survives a power cut.
         db.execute("PRAGMA synchronous = NORMAL")
         if 0 < version < len(migrations):
             kept = Path(f"{self.name}.version-{version}")

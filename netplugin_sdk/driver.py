@@ -369,9 +369,9 @@ class IpamDriver(metaclass=_DriverType):
         """Learn which pools and addresses the networks of an engine have.
 
         If a driver overrides this, the SDK asks the engine in the background, beside calls: when the plugin or the
-        engine starts, on SIGHUP, and after a pool was requested. So a driver finds what was given back while the plugin
-        was down, and what was given out without the engine hearing of it. A network that is being made, or an endpoint,
-        is not listed yet.
+        engine starts, on SIGHUP, and after a pool was requested. So a driver finds addresses that were released while
+        the plugin was down, and addresses that it gave out and the engine never heard of. A network or an endpoint that
+        is being made is not listed yet.
 
         Args:
             engine: the engine's id.

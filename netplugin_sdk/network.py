@@ -97,7 +97,7 @@ class Endpoint(_Identified):
         self.network_id: Final[str] = request.network_id
         """The id of its network."""
         self.requested: Final[EndpointInterface] = request.interface
-        """The addresses that the engine gave it: what `create_endpoint` may not fill in."""
+        """The addresses that the engine gave it, which `create_endpoint` must not change."""
         self.options: Final[EndpointOptions] = request.options
         """``Options`` of ``CreateEndpoint``: ports, and what ``--driver-opt`` gave."""
 

@@ -50,7 +50,7 @@ class _Lazy(click.Group):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does; what the SDK refuses is one line, and exit status 1."""
+        """As click does; an error of the SDK is one line, and exit status 1."""
         try:
             return super().invoke(ctx)
         except DriverError as error:

@@ -24,7 +24,7 @@ class PluginAddress(click.ParamType[remote.Address]):
     def convert(
         self, value: str | remote.Address, param: click.Parameter | None, ctx: click.Context | None
     ) -> remote.Address:
-        """A `remote.Address`. A name is looked up in Docker's folders; what is not there is a usage error."""
+        """A `remote.Address`. A name is looked up in Docker's folders; an unknown one is a usage error."""
         if isinstance(value, remote.Address):
             return value
         if "://" in value:

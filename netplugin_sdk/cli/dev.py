@@ -28,7 +28,7 @@ _FIRST_FD = 3  # sd_listen_fds(3)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _Saved = dict[str, tuple[int, int]]
-"""Files, and what changes when one is saved: its time and size."""
+"""Files with their times and sizes, which change when one is saved."""
 
 
 class _Forwarding(click.Command):

@@ -60,7 +60,7 @@ class Level(enum.StrEnum):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One line: what was looked at, what was found, and where that is not well the command that fixes it."""
+    """One line: the subject, the finding, and the command that fixes a fault."""
 
     topic: str
     level: Level

@@ -57,8 +57,8 @@ def state_folder(plugin: str, folder: Path | None) -> Path:
 def inspect(*, plugin: str, folder: Path | None, everything: bool, as_json: bool) -> None:
     """Show networks and endpoints of a plugin as its state on disk, the kernel and Docker have them.
 
-    NAME is the plugin's name for docker. Nothing is changed, and the plugin may run meanwhile or not. What differs is
-    marked with ≠. Of many networks and endpoints, those that agree are shown with one line each.
+    NAME is the plugin's name for docker. Nothing is changed, and the plugin may run meanwhile or not. Differences
+    are marked with ≠. Of many networks and endpoints, those that agree are shown with one line each.
 
     Works with fewer columns where there is no state folder (a plugin that was not made with this SDK), no Docker,
     or no root: without root, neither the state nor containers can be looked into. Run it on the plugin's host.

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-# Not cookiecutter itself: it would bring requests, rich, arrow and 13 more into the environment of every plugin. What
-# this template needs of it is below; a test holds both generators against each other, byte for byte.
+# Not cookiecutter itself: it would bring requests, rich, arrow and 13 more into the environment of every plugin. The
+# part that this template needs is below; a test compares the results of both generators, byte for byte.
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 _PROJECT = "{{cookiecutter.project_slug}}"
@@ -36,8 +36,8 @@ _PROJECT = "{{cookiecutter.project_slug}}"
 def new(*, name: str | None, output: Path, no_input: bool, pairs: tuple[str, ...]) -> None:
     """Make an installable driver project: a working driver, tests, systemd units, a managed plugin, CI.
 
-    NAME is the project's; the folder, the package and what docker calls the driver follow from it. What is not given
-    is asked for.
+    NAME is the project's; the folder, the package and what docker calls the driver follow from it. The
+    command asks for answers that are not given.
 
     \b
     Keys for --set, in the order of the questions:
@@ -130,5 +130,5 @@ def _generate(template: Path, environment: Environment, answers: Mapping[str, st
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All but what pip has compiled when it installed the package."""
+    """All files except those that pip compiled when it installed the package."""
     return (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

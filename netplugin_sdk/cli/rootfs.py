@@ -42,7 +42,7 @@ _WASTE = (
     *(f"usr/share/{name}" for name in ("perl5", "pixmaps", "zoneinfo")),
 )
 _UNUSED = ("usr/lib/*/gconv", "usr/lib/python3.*/test", "usr/lib/python3.*/pydoc_data", "usr/lib/python3.*/_pyrepl")
-_SCRIPTS = {"debconf", "dpkg"}  # what only maintainers' scripts want, which do not run any more
+_SCRIPTS = {"debconf", "dpkg"}  # only maintainers' scripts need these, and they do not run any more
 _EMPTY = ("dev", "proc", "run", "sys", "tmp", "host", "var/cache", "var/lib/netplugin", "var/log")
 
 
@@ -209,7 +209,7 @@ def install(root: Path, wheels: Sequence[Path], scripts: dict[str, str]) -> None
 
     Args:
         root: the root file system.
-        wheels: files; what they need of each other is taken from them.
+        wheels: files; they satisfy each other's requirements.
         scripts: console scripts to be made in ``/usr/local/bin``: name → ``module:function``.
 
     Raises `Unavailable` if it cannot be done, for example as something needed has no wheel for that Python.

@@ -27,7 +27,7 @@ CONFIG = Path("netplugin.toml")
 
 
 class _Value(click.ParamType[Any]):
-    """The value of a setting; what cannot be used is a usage error."""
+    """The value of a setting; an invalid one is a usage error."""
 
     def __init__(self, setting: Setting) -> None:
         self.name = setting.metavar
@@ -53,7 +53,7 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
-        """From the values of `plugin_options`; what does not fit together is a usage error."""
+        """From the values of `plugin_options`; a contradiction is a usage error."""
         values = dict(given)
         drivers = values.pop("drivers")
         if not drivers:

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def bind(path: str) -> socket.socket:
-    """A socket of this path, for root alone; what a predecessor left there is replaced."""
+    """A socket of this path, for root alone; a predecessor's is replaced."""
     Path(path).unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX)
     os.fchmod(bound.fileno(), 0o600)

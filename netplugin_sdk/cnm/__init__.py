@@ -7,7 +7,7 @@
         two.connect(lan)
         print(one.run("ping", "-c1", "two"))
 
-A plugin is asked request for request what an engine would ask it. It needs root; what it makes it makes in the network
+A plugin gets request for request what an engine would send. It needs root; it makes its interfaces in the network
 namespace of the calling thread, and its end removes it.
 """
 

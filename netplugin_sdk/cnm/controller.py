@@ -4,7 +4,7 @@
         ├── networks ── endpoints ──┐
         └── sandboxes ──────────────┘ join, leave
 
-The order of the calls, what is rolled back and the texts of errors are libnetwork's (moby ``daemon/libnetwork``,
+The order of the calls, the rollbacks and the texts of errors are libnetwork's (moby ``daemon/libnetwork``,
 ``controller.go``).
 """
 

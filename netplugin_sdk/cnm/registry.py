@@ -51,7 +51,7 @@ class InProcess:
 
 @dataclass(frozen=True)
 class Known:
-    """A driver that the registry has, and what it has said of itself."""
+    """A driver of the registry, and its capabilities."""
 
     name: str
     driver: Driver

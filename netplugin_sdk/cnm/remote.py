@@ -193,7 +193,7 @@ def _described(name: str, content: bytes, *, is_json: bool) -> Address:
 
 
 class _Target(NamedTuple):
-    """Of an address: what is dialled, and what requests call it."""
+    """A parsed address: where to dial, and the host name for requests."""
 
     path: str
     host: str
@@ -300,7 +300,7 @@ class RemotePlugin:
         """POST, say, ``NetworkDriver.Join`` and decode the answer (moby ``pkg/plugins/client.go``).
 
         The engine has a flaw that plugins have to live with, and so has this: all tries share one buffer. A try that
-        finds no connection leaves it full, but from the moment that one writes, what is written is gone, and the next
+        finds no connection leaves it full, but once a try writes, the written part is gone, and the next
         sends the rest: nothing, or of a request that is too large for the kernel's buffers, the end.
 
         Args:
@@ -349,7 +349,7 @@ class RemotePlugin:
         self.close()
 
     def _deliver(self, method: str, buffer: io.BytesIO) -> tuple[http.client.HTTPResponse, socket.socket]:
-        """Moby's callWithRetry: whatever happens before there is an answer is tried again."""
+        """Moby's callWithRetry: every failure before there is an answer is tried again."""
         url = f"{'https' if self._tls else 'http'}://{self._place.header}/{method}"
         began, pause = self._patience.now(), 1.0
         while True:

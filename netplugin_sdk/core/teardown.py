@@ -59,7 +59,7 @@ class Teardown(Generic[OptionsT]):
         self._store.done(endpoint)
 
     def leave(self, endpoint: StoredEndpoint) -> None:
-        """Take it out of its sandbox, whatever of a join was made. The network is locked."""
+        """Take it out of its sandbox, even after half a join. The network is locked."""
         self._driver.leave(endpoint.network, endpoint)
         self._store.left(endpoint)
 
@@ -104,7 +104,7 @@ class Teardown(Generic[OptionsT]):
         self._store.gone(network)
 
     def delete_endpoint(self, endpoint: StoredEndpoint) -> None:
-        """Remove an endpoint, whatever it has, completely. Its network is locked."""
+        """Remove an endpoint completely, in any state. Its network is locked."""
         if endpoint.row.intent != "CreateEndpoint":
             self._store.intend(endpoint, "DeleteEndpoint")
         if (work := self._delete_endpoint(endpoint)) is not None:

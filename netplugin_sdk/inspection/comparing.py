@@ -44,9 +44,9 @@ def compare(
     Args:
         plugin: its name.
         networks: those of its state; None if it was not read.
-        found: what Docker has; None if it was not asked.
+        found: Docker's view; None if it was not asked.
         here: the kernel's, of the plugin's network namespace.
-        sandboxes: what is seen in the sandbox of each endpoint, by its id; None where the sandbox is gone. An endpoint
+        sandboxes: the view into the sandbox of each endpoint, by its id; None where the sandbox is gone. An endpoint
             that is not in it was not looked at.
     """
     listed = found.networks if found else {}

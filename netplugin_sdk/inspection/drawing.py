@@ -1,7 +1,7 @@
 """Pictures of a snapshot: SVG, a page of HTML, Mermaid.
 
 A picture is laid out first, as boxes, texts and lines with places, and only then written down. Text is set in a fixed
-pitch, so its width is known and nothing is cut off: what is too long is wrapped, and boxes grow.
+pitch, so its width is known and nothing is cut off: long texts are wrapped, and boxes grow.
 
     host ┌ network ──────────────────────┐
          │ name, subnets                 │
@@ -446,7 +446,7 @@ def _printable(text: str) -> str:
 
 
 def html(snapshot: Snapshot) -> str:
-    """A page that needs nothing else: pictures for narrow and wide windows; what is pointed at tells what it knows."""
+    """A page that needs nothing else: pictures for narrow and wide windows; each part has a tooltip with its facts."""
     from jinja2 import Environment, PackageLoader  # noqa: PLC0415  # 40 ms that only a page needs
     from markupsafe import Markup  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
 """The view of a plugin: networks and endpoints as state, kernel and Docker have them, and the differences.
 
-Of each network and endpoint there are facts, such as its MAC address; a fact has what each of the three says, where it
-says anything. State counts, since it is what Docker was told.
+Each network and endpoint has facts, such as its MAC address; a fact has the values of the three views, as far as they
+have one. The state counts, since Docker was told so.
 """
 
 from __future__ import annotations

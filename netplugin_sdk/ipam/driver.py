@@ -1,4 +1,4 @@
-"""`PoolIpamDriver`: what Docker's own IPAM does, with a memory and some choices more."""
+"""`PoolIpamDriver`: like Docker's own IPAM driver, with a memory and some more choices."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ class PoolIpamDriver(IpamDriver):
         self._pools[pool.id] = pool
 
     def release_pool(self, pool_id: str) -> None:
-        """Take it back, with the addresses that are still out; what is unknown is taken back already."""
+        """Take it back, with the addresses that are still out; an unknown pool has been taken back already."""
         with self._lock:
             pool = self._pools.get(pool_id)
             if pool is None:

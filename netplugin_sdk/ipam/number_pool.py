@@ -22,8 +22,8 @@ class Numbers:
     """A set of numbers from 0 to ``size - 1``, with the lowest that is not in it in logarithmic time.
 
     A tree of 256 children a node. A node is an int with a bit for each child that is full, at the lowest floor for each
-    number that is in the set; a node that is full or empty is not stored. So what is in one piece costs next to
-    nothing, and what is strewn about costs the same whatever the size.
+    number that is in the set; a node that is full or empty is not stored. So a contiguous range costs next to
+    nothing, and a scattered number costs the same whatever the size.
     """
 
     def __init__(self, size: int) -> None:
@@ -160,7 +160,7 @@ class NumberPool:
         self._owners: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
         self._held: dict[int, Held] = {}
-        self._by_time: list[Held] = []  # a heap; what is not in `_held` any more is skipped
+        self._by_time: list[Held] = []  # a heap; numbers that are not in `_held` any more are skipped
 
     def __len__(self) -> int:
         """How many are in use."""
@@ -224,7 +224,7 @@ class NumberPool:
         self._give(number, owner)
 
     def release(self, number: int) -> bool:
-        """Take it back. Whether it was in use; what is held stays so."""
+        """Take it back; a held number stays held. Returns whether it was in use."""
         if number not in self:
             return False
         self._free(number)

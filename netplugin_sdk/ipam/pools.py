@@ -93,7 +93,7 @@ class AddressPool:
         return self.interface(int(address))
 
     def release(self, address: IPAddress) -> bool:
-        """Take it back. Whether it was in use; what is held stays so."""
+        """Take it back; a held address stays held. Returns whether it was in use."""
         if address not in self.network or self._is_reserved(address):
             return False
         return self._numbers.release(int(address))

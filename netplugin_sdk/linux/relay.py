@@ -165,7 +165,7 @@ class Listener:
 
 
 class Stream:
-    """One of the two sockets of a connection; what is read here is sent to the `peer`."""
+    """One of the two sockets of a connection; data that is read here is sent to the `peer`."""
 
     __slots__ = ("_ended", "_events", "origin", "peer", "relay", "socket", "unsent")
     peer: Stream

@@ -48,7 +48,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     idle_time: float = 600.0
     """Between two requests of a connection."""
     call_time: float = 25.0
-    """For the driver's method. Then the engine is told that it took too long, and what the method creates is undone;
+    """For the driver's method. Then the engine is told that it took too long, and the method's work is undone;
     before, the log says where it hangs."""
     drain_time: float = 10.0
     """For the calls that run when the server stops."""
@@ -172,7 +172,7 @@ class Connection:
 
     Args:
         client: its socket.
-        limits: what it may cost.
+        limits: sizes and times.
         answer: takes this connection, a complete request and the call that it is, and gives the answer.
         stopping: whether no more requests are wanted.
         tls: for a TLS listener.

@@ -215,7 +215,7 @@ class Server:
                 os.eventfd_read(fd)
                 systemd.notify("WATCHDOG=1")
             if self._leader is not me:
-                return  # what is left of the events comes again to the next leader
+                return  # the next leader gets the remaining events again
 
     def _log_answered(self) -> None:
         try:

@@ -8,17 +8,17 @@
 ``netplugin_networks``                 gauge      networks that the plugin has
 ``netplugin_endpoints``                gauge      endpoints of them
 ``netplugin_published_ports``          gauge      port mappings that the engine has had published
-``netplugin_repairs_total``            counter    what nobody called for, by ``kind`` (see below)
+``netplugin_repairs_total``            counter    work that no call asked for, by ``kind`` (see below)
 ``netplugin_build_info``               gauge      1; ``plugin`` is its name, ``version`` the SDK's
 =====================================  =========  =================================================================
 
-Kinds of repairs: ``reconciled``, all networks were compared with the kernel, as at each start; ``lost``, something of
-ours vanished from it; ``half_done``, what a crash or a failure left half done was finished or undone;
-``container_gone``, an endpoint was deleted whose container ended unnoticed; ``unknown_to_docker``, a network or an
-endpoint was deleted that Docker does not know any more; ``failed``, one of these could not be done.
+Kinds of repairs: ``reconciled``, all networks were compared with the kernel, as at each start; ``lost``, an interface
+or address of ours vanished; ``half_done``, an operation that a crash or a failure left half done was finished or
+undone; ``container_gone``, an endpoint was deleted, since its container ended unnoticed; ``unknown_to_docker``, a
+network or an endpoint was deleted, since Docker does not know it any more; ``failed``, one of these failed.
 
-Methods that the plugin does not have are all ``unknown``. What else the process has registered with prometheus-client
-is shown too: a driver's own metrics need no more than to be made, and the process's memory and descriptors are there.
+Methods that the plugin does not have are all ``unknown``. Everything else that the process has registered with
+prometheus-client is shown, too: a driver's own metrics once they are made, and the process's memory and descriptors.
 """
 
 from __future__ import annotations

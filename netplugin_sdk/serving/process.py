@@ -67,7 +67,7 @@ def serve(
         plain_tcp: insist on TCP without `tls` beyond the loopback addresses.
         state: the folder of what is remembered, else ``/var/lib/netplugin/NAME``.
         docker: the engine's own socket, to ask it in the background what it has; None asks nobody.
-        limits: what one client may cost.
+        limits: sizes and times of one client.
         timings: how long the SDK waits.
         metrics: address and port where Prometheus finds ``/metrics`` (`netplugin_sdk.serving.metrics`); it needs the
             extra ``netplugin-sdk[metrics]``, and anyone who can connect may read.
@@ -109,13 +109,13 @@ def run(
 ) -> None:
     """The command line of a plugin: an option for each keyword of `serve`, and ``--help``; then `serve`.
 
-    What keeps it from starting is one line on standard error, and exit status 1; a wrong argument is status 2. Each
+    A failure to start is one line on standard error, and exit status 1; a wrong argument is status 2. Each
     option can be an environment variable, too: ``NETPLUGIN_LOG_LEVEL``.
 
     Args:
         *drivers: a class, or a function without arguments, for each driver that `serve` shall have.
         name: the plugin's name, unless the command line gives another.
-        program: what the command is called, else as `name`.
+        program: the name of the command; None takes `name`.
         description: of the driver, for ``--help``: a sentence.
     """
     program = program or name

@@ -2,8 +2,8 @@
 
 The driver's method runs within the span, so that spans of its own, and of libraries that it uses, are children of it.
 A span is called as its method, ``NetworkDriver.Join``, and has the attributes ``http.response.status_code`` and, where
-they are known, ``netplugin.network`` and ``netplugin.endpoint``: the ids, as short as in the log. What is refused has
-the status ERROR and the line that Docker prints.
+they are known, ``netplugin.network`` and ``netplugin.endpoint``: the ids, as short as in the log. A refused call
+has the status ERROR and the line that Docker prints.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Cluster:
     def __init__(self, size: int = 3, version: str = "26.1") -> None:
         self._version = version
         self._closing = ExitStack()
-        # Until the end: what a thread starts may be told to die with it (prctl(2), PR_SET_PDEATHSIG).
+        # Until the end: processes of a thread may be told to die with it (prctl(2), PR_SET_PDEATHSIG).
         self._pool = self._closing.enter_context(ThreadPoolExecutor(size))
         try:
             engines = self._each(self._start, range(1, size + 1))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_BUILT = "etc/netplugin-packages"  # in a root file system: what it was built with
+_BUILT = "etc/netplugin-packages"  # in a root file system: its packages
 
 
 class DebianUnavailable(Exception):
@@ -41,7 +41,7 @@ def root_file_system(
     Args:
         root: the folder, which is replaced as a whole; beside it are a lock and a log.
         suite: Debian's name of the release. ``$NETPLUGIN_DEBIAN_MIRROR`` names a mirror.
-        packages: what it has more than debootstrap's ``minbase``.
+        packages: those beyond debootstrap's ``minbase``.
         told: is called before something takes long, with the folder.
         finish: changes what was built, before it is kept.
 

@@ -54,7 +54,7 @@ OUTSIDE_ADDRESS = "198.51.100.2"
 """IPv4 address of the outside host."""
 
 # The first process of the PID namespace. $1 is the lab's folder, $3 the host's name. It says "ready" and then reaps
-# what is orphaned.
+# orphans.
 _FIRST = f"""
 set -eu
 mount --make-rprivate /
@@ -117,7 +117,7 @@ rm -r $image
 
 
 class EngineUnavailable(Exception):
-    """A private engine cannot be had here: what is missing, and the command that fixes it."""
+    """A private engine is impossible here; the text names the missing part, and the command that fixes it."""
 
 
 class EngineError(Exception):

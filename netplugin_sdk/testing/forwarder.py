@@ -299,7 +299,7 @@ class _Connection:
             other.shut(socket.SHUT_RD)
         if events & (_IN | _HUP):
             while not side.ended and not other.unsent and self._read(side, other) and side.hung:
-                pass  # what is left behind the last answer of a connection
+                pass  # remains after the last answer of a connection
         self._settle()
 
     def leave(self) -> None:
@@ -352,7 +352,7 @@ class _Connection:
                 self._parsers[0 if to_plugin else 1].feed_data(data)
             except httptools.HttpParserError:
                 self._parsers = None
-                self._answers.ended = self._requests.begun  # whatever it is, we know no better
+                self._answers.ended = self._requests.begun  # an unknown answer: the best guess
 
     def _hold(self, data: bytes) -> bool:
         """A plugin that ends takes no request. An engine would see that first, and dial again, as we do."""
@@ -392,7 +392,7 @@ class _Connection:
             if engine.ended:
                 return self.close(b"trace")
             if self._requests.begun or time.monotonic() - self._began > _FIRST_WORDS:
-                engine.shut(socket.SHUT_RD)  # what has arrived can still be read
+                engine.shut(socket.SHUT_RD)  # data that has arrived can still be read
         elif engine.ended and plugin.ended and not plugin.unsent:
             return self.close(b"plugin")
         plugin = self.plugin

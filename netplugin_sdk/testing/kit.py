@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if TYPE_CHECKING:  # what is loaded with every run of pytest is little
+if TYPE_CHECKING:  # every run of pytest loads this module: it imports little
     from netplugin_sdk import IpamDriver, NetworkDriver, Plugin, Timings
     from netplugin_sdk.cnm import Network, NetworkController, Sandbox
     from netplugin_sdk.linux.namespaces import Namespace

@@ -110,7 +110,7 @@ class Tap:
             self._process.stdin.close()
 
     def close(self) -> None:
-        """As `stop`, without waiting: what is under way ends unseen."""
+        """As `stop`, without waiting: calls under way end unseen."""
         if self._records < 0:
             return
         self.stop()

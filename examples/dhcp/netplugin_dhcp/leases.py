@@ -39,7 +39,7 @@ from netplugin_sdk import MacAddress
 T = TypeVar("T")
 
 _log = logging.getLogger("netplugin_dhcp")
-logging.getLogger("pyroute2.dhcp").setLevel(logging.CRITICAL)  # what anybody may send is no error of ours
+logging.getLogger("pyroute2.dhcp").setLevel(logging.CRITICAL)  # a stranger's bad packet is no error of ours
 
 _PARAMETERS = [
     Option.SUBNET_MASK,
@@ -434,7 +434,7 @@ def _asking(options: dict[str, Any], host_name: str) -> dict[str, Any]:
 
 
 def _set_up(mac: MacAddress, carrier: float) -> None:
-    """And wait until what is sent by it is carried on: what comes earlier is lost. Raises OSError."""
+    """And wait until its frames are carried on: earlier ones are lost. Raises OSError."""
     name = interface_of(mac).encode()
     until = time.monotonic() + carrier
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -1,4 +1,4 @@
-"""Containers on the LAN of a parent interface, with MAC addresses of their own: what Docker's macvlan driver does."""
+"""Containers on the LAN of a parent interface, with MAC addresses of their own, like Docker's macvlan driver."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""One Linux bridge per network, one veth pair per endpoint: what Docker's bridge driver does, option by option."""
+"""One Linux bridge per network, one veth pair per endpoint: Docker's bridge driver, option by option."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ _log = logging.getLogger("myplugin")
 
 @dataclass(frozen=True)
 class Device:
-    """Attached to a network: what its bridge was before, if it was there."""
+    """Attached to a network: the settings of its bridge before, if it was there."""
 
     adopted: bool = False
     mtu: int = 0
@@ -46,7 +46,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Ports:
-    """Attached to an endpoint: what is published, and with host port 0, what is open without translation."""
+    """Attached to an endpoint: the published ports, and with host port 0 those that are open without translation."""
 
     published: tuple[Published, ...] = ()
 

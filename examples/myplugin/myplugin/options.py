@@ -51,7 +51,7 @@ class Options(DriverOptions):
     """That address for IPv6."""
 
     gateway_mode_ipv4: Mode = field(name="com.docker.network.bridge.gateway_mode_ipv4", default=Mode.NAT)
-    """How the outside is reached by IPv4, and what of the containers is reached from there."""
+    """How containers reach the outside by IPv4, and which of their ports are reached from there."""
 
     gateway_mode_ipv6: Mode = field(name="com.docker.network.bridge.gateway_mode_ipv6", default=Mode.NAT)
     """How it is by IPv6."""

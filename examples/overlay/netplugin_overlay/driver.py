@@ -1,4 +1,4 @@
-"""One network over all nodes of a swarm, in VXLANs between them: what Docker's overlay driver does."""
+"""One network over all nodes of a swarm, in VXLANs between them, like Docker's overlay driver."""
 
 import logging
 import threading
@@ -64,10 +64,10 @@ class Carried(Struct, frozen=True):
 class OverlayDriver(NetworkDriver[Options]):
     """A network is a bridge ``ov-ID`` with a VXLAN ``vx-ID`` to the other nodes, where a container of it runs.
 
-    An endpoint is a veth pair: ``ve-ID`` is a port of the bridge, the engine moves ``vc-ID`` into the container. What
-    the VXLAN knows no node of is sent to each (head-end replication). The bridge has no address: the host is no part of
-    the network, and what leaves a container for elsewhere goes by its other interface, which the engine makes on
-    ``docker_gwbridge``; so do published ports (``mode=host``).
+    An endpoint is a veth pair: ``ve-ID`` is a port of the bridge, the engine moves ``vc-ID`` into the container. The
+    VXLAN sends a frame whose node it does not know to each node (head-end replication). The bridge has no address: the
+    host is no part of the network, and a container's other traffic goes by its other interface, which the engine makes
+    on ``docker_gwbridge``; so do published ports (``mode=host``).
     """
 
     scope = Scope.GLOBAL

@@ -34,8 +34,8 @@ def check(
     """Make a function a check, and add it to `CHECKS`.
 
     Args:
-        group: what it is about.
-        requires: what it needs, beside the requirements of the checks in `after`.
+        group: its subject.
+        requires: its own conditions, beside those of the checks in `after`.
         after: checks that must pass first.
         source: where Docker relies on it.
         hint: what to look at if it fails.

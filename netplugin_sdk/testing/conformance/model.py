@@ -80,7 +80,7 @@ class Check:
     """The function's name, with hyphens."""
     group: Group
     proves: str
-    """One sentence: what is true of a plugin that passes."""
+    """One sentence that is true of a plugin that passes."""
     source: str
     """Where Docker relies on it: a file of moby, or a document."""
     hint: str
@@ -89,7 +89,7 @@ class Check:
     """Takes a session; raises ``Failed`` if the plugin does not keep to the contract."""
     requires: frozenset[Requirement]
     after: tuple[str, ...]
-    """Ids of the checks that must have passed, in the order in which they run; so what is reported is the cause."""
+    """Ids of the checks that must have passed, in their order; so the cause is reported, not its effects."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Session:
         self._guard = threading.Lock()
 
     def close(self) -> None:
-        """Remove what the check made, last things first, whatever state they are in."""
+        """Remove everything that the check made, last things first, in any state."""
         while self._cleanups:
             with suppress(Failed, OSError, http.client.HTTPException):
                 self._cleanups.pop()()
