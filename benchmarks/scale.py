@@ -463,7 +463,7 @@ def draw(sizes: Sequence[int], models: Mapping[int, Mapping[str, float]], networ
         groups = [Group(f"{size} nodes", [models[size][now], models[size][needed]]) for size in sizes]
         drawing.bars(Box(20 + place * 490, 470, 260), title, groups)
     drawing.extend(270)
-    drawing.notes(["Modelled by benchmarks/scale.py; a test holds the grey bars against the kernel of a real node."])
+    drawing.notes(["Modelled by benchmarks/scale.py; a test compares the grey bars with the kernel of a real node."])
     return str(drawing)
 
 

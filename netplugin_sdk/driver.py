@@ -280,8 +280,8 @@ class NetworkDriver(Generic[OptionsT], metaclass=_DriverType):
         """Learn which container an endpoint is in: its name, labels, Compose project.
 
         Docker does not tell with `join`, and must not be asked while it waits for an answer. If a driver overrides
-        this, the SDK asks after `join`, in the background: the container may run already. An endpoint is told of once
-        for each `join`, or again if the plugin was killed meanwhile; then it is `Endpoint.container`. Exceptions
+        this, the SDK asks after `join`, in the background: the container may run already. Each endpoint is reported
+        once for each `join`, or again if the plugin was killed meanwhile; then it is `Endpoint.container`. Exceptions
         are logged.
         """
 

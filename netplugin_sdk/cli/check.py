@@ -1,4 +1,4 @@
-"""`netplugin check`: check a plugin, in whatever language, against Docker's contract."""
+"""`netplugin check`: check a plugin, in any language, against Docker's contract."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _list(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.command(short_help="Hold a plugin against Docker's contract.")
+@click.command(short_help="Check a plugin against Docker's contract.")
 @plugin_argument
 @click.option("-o", "--opt", "options", multiple=True, metavar="NAME=VALUE", help="Driver option of each network.")
 @click.option(
@@ -64,7 +64,7 @@ def check(
     report: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Hold a running plugin, in whatever language, against Docker's contract.
+    """Check a running plugin, in any language, against Docker's contract.
 
     PLUGIN is its name, the path of its socket, or a URL. The checks make networks and endpoints of their own and
     remove them; the plugin may go on serving an engine meanwhile. With root, and on the plugin's host, they also

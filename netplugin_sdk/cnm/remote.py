@@ -483,7 +483,7 @@ class _NothingWritten(_Failure):
 
 
 class _Reader(io.BufferedReader):
-    """Of an answer: http.client would take a head that ends early for a whole one."""
+    """Of an answer: http.client would take a head that ends early for a complete one."""
 
     _lines = 0
 

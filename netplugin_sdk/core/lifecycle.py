@@ -85,7 +85,7 @@ class NetworkLifecycle(Generic[OptionsT]):
 
     @property
     def _connectivity(self) -> Scope:
-        """Only a driver of global connectivity is told of nodes."""
+        """Docker reports nodes only to a driver of global connectivity."""
         return Scope.GLOBAL if self._defined & {"peer_joined", "peer_left"} else self._driver.scope
 
     def _get_capabilities(self, _request: messages.Nothing, _body: bytes) -> bytes:

@@ -34,10 +34,11 @@ from netplugin_sdk.linux.namespaces import Namespace
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}")
 
 
-def take(plugin: str, folder: Path, *, settle: float = 1.0) -> Snapshot:
+def take(plugin: str, folder: Path, *, look_again_after: float = 1.0) -> Snapshot:
     """Look at a plugin of this name, with state in `folder`, in the network namespace of the caller.
 
-    What differs is looked at again after `settle` seconds, since containers come and go; it counts if it still differs.
+    Differences are looked at again after `look_again_after` seconds, since containers come and go; those that remain
+    count.
 
     Raises:
         InvalidRequest: the name cannot be one.
@@ -49,7 +50,7 @@ def take(plugin: str, folder: Path, *, settle: float = 1.0) -> Snapshot:
     first = _look(plugin, folder)
     if not first.differences:
         return first
-    time.sleep(settle)
+    time.sleep(look_again_after)
     second = _look(plugin, folder)
     both = tuple(each for each in second.differences if each in first.differences)
     return msgspec.structs.replace(

@@ -175,7 +175,7 @@ class Pool:
 
     addresses: AddressPool
     parts: set[IPNetwork | None] = field(default_factory=set)
-    """None is the whole."""
+    """None is the complete pool."""
 
 
 class AddressSpace:

@@ -48,8 +48,8 @@ __all__ = [
     "ensure",
     "ensure_forwarding",
     "keeper",
-    "settle",
     "use",
+    "wait_until_applied",
 ]
 
 _log = logging.getLogger("netplugin_sdk")
@@ -131,9 +131,9 @@ def bridges() -> dict[str, str]:
     return found
 
 
-def settle() -> None:
+def wait_until_applied() -> None:
     """Wait until all earlier requests are in force."""
-    keeper.settle()
+    keeper.wait_until_applied()
 
 
 def use(backend: BackendName | None) -> None:
@@ -277,7 +277,7 @@ class Keeper:
         else:
             done.add_done_callback(partial(_log_failure, bridge))
 
-    def settle(self) -> None:
+    def wait_until_applied(self) -> None:
         """Wait until all earlier requests are in force."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closing)

@@ -48,7 +48,7 @@ def serve(
     log_format: Literal["text", "json"] = "text",
     log_level: str = "INFO",
 ) -> None:
-    """Serve drivers to the Docker Engine of this host until SIGTERM or SIGINT: the whole of a plugin's ``main``.
+    """Serve drivers to the Docker Engine of this host until SIGTERM or SIGINT: all of a plugin's ``main``.
 
     It listens on the sockets that systemd hands over, else on `tcp` if that is given, else on a unix socket. It tells
     systemd when it is ready, that it lives and when it stops (sd_notify(3)), and logs one line per call to standard

@@ -316,7 +316,7 @@ class _Connection:
                 side.socket.close()
         self._forwarder.ended(self, who)
 
-    def give_up(self) -> None:
+    def expire(self) -> None:
         """There is no plugin."""
         if self._held:
             self._forwarder.tell(REQUEST, self.number, self._held)
@@ -623,7 +623,7 @@ class Forwarder:
             if connection not in self.connections or connection.dial():
                 continue
             if now > connection.waits_until:
-                connection.give_up()
+                connection.expire()
             else:
                 self._waiting.append(connection)
 

@@ -97,7 +97,7 @@ def played(recording: str, folder: Path, deliver: Delivery, backend: str) -> lis
         replies = (directly if method in ASKING else deliver)(stage, method, body)
         if method not in ASKING:
             wait_for(settled, "what is left to do")
-            firewall.settle()
+            firewall.wait_until_applied()
             seen = kernel(backend)
         answers = [(reply.status, json.loads(reply.body)) for reply in replies]
         steps.append(Step(method, answers, stage.rows(), seen))

@@ -48,7 +48,7 @@ def test_a_flow_that_goes_on_follows_the_port_to_the_next_container(
         )
         subnets = (ip_interface(gateway).network,)
         firewall.ensure(Policy(bridge="br-1", subnets=subnets, published={"container": (port,)}))
-        firewall.settle()
+        firewall.wait_until_applied()
 
     servers = []
     for number, address in enumerate((one, other)):

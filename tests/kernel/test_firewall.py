@@ -95,7 +95,7 @@ def lively(monkeypatch: pytest.MonkeyPatch, looks: Callable[[], int]) -> Callabl
         before = looks()
         run("nft", "add table ip telling; delete table ip telling")  # of this it is told last
         until(lambda: looks() > before)
-        firewall.settle()
+        firewall.wait_until_applied()
 
     return settle
 
@@ -208,7 +208,7 @@ def test_twice_is_once(backend: str) -> None:
     once = rules(backend)
     for number in (1, 2):
         firewall.ensure(replace(FULL, bridge=f"br-{number}"))
-    firewall.settle()
+    firewall.wait_until_applied()
     assert rules(backend) == once
 
 
@@ -232,13 +232,13 @@ def test_again_with_other_wishes_leaves_nothing_of_the_old(backend: str, close: 
     texts = []
     for wish in wishes:
         firewall.ensure(wish)
-        firewall.settle()
+        firewall.wait_until_applied()
         texts.append(sorted(rules(backend).splitlines()))
         firewall.delete("br-1")
     assert len(set(map(tuple, texts))) == len(wishes)
     for wish, text in [*zip(wishes, texts, strict=True), *zip(wishes[::-1], texts[::-1], strict=True)]:
         firewall.ensure(wish)
-        firewall.settle()
+        firewall.wait_until_applied()
         assert sorted(rules(backend).splitlines()) == text
         if close:
             firewall.close()
@@ -381,7 +381,7 @@ def test_what_only_takes_away_happens_in_the_background(backend: str) -> None:
         thread.submit(firewall.ensure, policy()).result(PATIENCE)  # or it would wait until the lock is free
         if backend != "nftables":  # where there is no lock, it may be done already
             assert "8080" in rules(backend)
-    firewall.settle()
+    firewall.wait_until_applied()
     assert "8080" not in rules(backend)
 
 
@@ -446,7 +446,7 @@ def test_many_threads(backend: str) -> None:
     with ThreadPoolExecutor(8) as threads:
         for _ in range(2):
             list(threads.map(ensure, range(8)))
-        firewall.settle()
+        firewall.wait_until_applied()
         found = rules(backend)
         for number in range(8):
             assert f"dport {8000 + number}" in found
@@ -469,7 +469,7 @@ def test_many_threads_and_one_bridge(backend: str) -> None:
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(often, range(6)))
     firewall.ensure(FULL)
-    firewall.settle()
+    firewall.wait_until_applied()
     after = sorted(rules(backend).splitlines())
     firewall.delete("br-1")
     assert rules(backend) == before
@@ -615,7 +615,7 @@ def test_our_own_changes_cost_no_look(monkeypatch: pytest.MonkeyPatch, looks: Ca
             firewall.ensure(policy(f"br-{number}", icc=turn % 2 == 0))
         firewall.delete("br-1")
     for _ in range(2):  # what it is told of it has heard before it answers, and looked at before it answers again
-        firewall.settle()
+        firewall.wait_until_applied()
     assert not looks()
     run("nft", "add", "table", "ip", "mine")
     until(lambda: looks() > 0)
@@ -647,7 +647,7 @@ def test_a_change_after_somebody_elses_costs_no_look(
 def test_a_change_right_after_a_flush(backend: str, how: str, change: Policy) -> None:
     firewall.ensure(FULL)
     firewall.ensure(change)
-    firewall.settle()
+    firewall.wait_until_applied()
     wanted = ours(backend)
     firewall.ensure(FULL)
     firewall.delete("br-2")
@@ -884,7 +884,7 @@ def test_the_program_is_not_installed(backend: str, monkeypatch: pytest.MonkeyPa
                 call()
     firewall.ensure(FULL)
     assert "br-1" in rules(backend)
-    firewall.settle()
+    firewall.wait_until_applied()
     with monkeypatch.context() as patch:
         patch.setenv("PATH", os.fspath(tmp_path / "nowhere"))
         with pytest.raises(Unavailable):

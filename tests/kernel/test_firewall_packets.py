@@ -361,12 +361,12 @@ def test_a_group_is_as_a_bridge(site: Site, backend: str) -> None:
     assert reached(site.outside, *PUBLIC)
     assert reached(second, *PUBLIC), "a neighbour by the host's address"
     firewall.ensure(policy(bridge="pt-1", group=1, internal=True))
-    firewall.settle()
+    firewall.wait_until_applied()
     assert reached(second, *TO_1)
     assert not ask(first, *OUT)
     assert not ask(site.outside, *TO_1, *PUBLIC)
     firewall.ensure(policy(bridge="pt-1", group=1, icc=False))
-    firewall.settle()
+    firewall.wait_until_applied()
     assert not ask(second, *TO_1)
     assert reached(second, *OUT)
 
@@ -515,7 +515,7 @@ def test_a_published_port_from_outside_from_the_host_and_no_other_way(site: Site
     assert not ask(first, *PUBLIC), "its own port: the relay's"
     assert not ask(site.outside, f"tcp {HOST} 8081"), "published on another address"
     firewall.ensure(policy())
-    firewall.settle()
+    firewall.wait_until_applied()
     assert not ask(site.outside, *PUBLIC)
     assert not ask(None, *PUBLIC)
 
@@ -599,7 +599,7 @@ def test_a_connection_survives_a_change_of_its_policy(site: Site) -> None:
             with accepted:
                 for ports in (more | {"b": (port("tcp", "::", 9, "fd00:1::3", 9),)}, more):
                     firewall.ensure(policy(published=ports))
-                    firewall.settle()
+                    firewall.wait_until_applied()
                     client.send(b"ping")
                     assert accepted.recv(4) == b"ping"
                     accepted.send(b"pong")

@@ -279,13 +279,13 @@ def test_what_passes_is_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """Containers come and go while it looks: what is wrong only once is not."""
     looks = iter([listed(mac="02:00:00:00:00:09"), engine()])
     monkeypatch.setattr(looking, "_look", lambda *_: compare("p", None, next(looks), host(), {ENDPOINT: SEEN}))
-    assert texts(looking.take("p", tmp_path, settle=0.0)) == []
+    assert texts(looking.take("p", tmp_path, look_again_after=0.0)) == []
 
 
 def test_what_stays_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = listed(mac="02:00:00:00:00:09")
     monkeypatch.setattr(looking, "_look", lambda *_: compare("p", None, found, host(), {ENDPOINT: SEEN}))
-    made = looking.take("p", tmp_path, settle=0.0)
+    made = looking.take("p", tmp_path, look_again_after=0.0)
     assert len(made.differences) == 1
     assert [fact.name for fact in made.networks[0].endpoints[0].facts if fact.wrong] == ["MAC"]
 

@@ -133,7 +133,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def turn() -> None:
     """The keeper's thread has gone round: what is due is done."""
     for _ in range(2):
-        soon(firewall.settle)
+        soon(firewall.wait_until_applied)
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +202,7 @@ def test_what_only_takes_away_is_not_waited_for(backend: Remembering) -> None:
     soon(firewall.ensure, PLAIN)
     backend.gate.clear()
     soon(firewall.ensure, LESS)
-    settled = begin(firewall.settle)
+    settled = begin(firewall.wait_until_applied)
     with pytest.raises(TimeoutError):
         settled.result(SHORT)
     assert backend.kernel == {"br-1": PLAIN}
@@ -263,7 +263,7 @@ def test_a_removal_that_failed_is_logged_and_then_waited_for(
     soon(firewall.ensure, PLAIN)
     backend.refused["br-1"] = FirewallError("no")
     soon(firewall.ensure, LESS)
-    soon(firewall.settle)
+    soon(firewall.wait_until_applied)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "firewall: rules of br-1 cannot be removed: no")
     ]
@@ -346,7 +346,7 @@ def test_the_last_word_of_many_is_in_force(backend: Remembering) -> None:
 
     for each in [begin(often, number) for number in range(6)]:
         each.result(PATIENCE * 2)
-    soon(firewall.settle)
+    soon(firewall.wait_until_applied)
     assert backend.kernel == firewall.keeper.policies
     assert len(backend.kernel) == 7
 
@@ -385,7 +385,7 @@ def test_a_change_that_is_not_ours_to_repair_is_not_logged(
     soon(firewall.ensure, PLAIN)
     announcing.somebody_changes()
     until(lambda: len(backend.calls) == 2)
-    soon(firewall.settle)
+    soon(firewall.wait_until_applied)
     assert not caplog.records
 
 
@@ -427,7 +427,7 @@ def test_at_rest_it_takes_no_time(backend: Remembering, announcing: Announcing, 
     for _ in range(2):  # what would be due is due
         clock.now += 2 * QUIET
         with pytest.raises(Unavailable):
-            soon(firewall.settle)
+            soon(firewall.wait_until_applied)
     rounds = announcing.rounds
     time.sleep(SHORT)
     assert announcing.rounds <= rounds + 1, "it waits, but for the round that it may have been in"
@@ -534,7 +534,7 @@ def test_close_finishes_what_was_asked_for(backend: Remembering) -> None:
 
 def test_close_of_nothing_and_again(backend: Remembering) -> None:
     soon(firewall.close)
-    soon(firewall.settle)
+    soon(firewall.wait_until_applied)
     soon(firewall.ensure, PLAIN)
     soon(firewall.close)
     soon(firewall.close)
@@ -580,7 +580,7 @@ def test_a_request_while_the_other_closes(backend: Remembering) -> None:
 
     def settle() -> None:
         while not ended.is_set():
-            firewall.settle()
+            firewall.wait_until_applied()
 
     def close() -> None:
         for _ in range(150):
@@ -609,7 +609,7 @@ def test_a_request_between_the_threads_end_and_the_end_of_close(
     def joined() -> None:
         join()
         asked.append(begin(firewall.ensure, on("br-2")))
-        asked.append(begin(firewall.settle))
+        asked.append(begin(firewall.wait_until_applied))
         wait(asked, SHORT)
 
     monkeypatch.setattr(thread, "join", joined)

@@ -67,7 +67,7 @@ class _Workers:
 
     Threads of our own, because an IPRoute keeps an event loop and a socket for every thread that ever used it, and
     only close() in that same thread frees them: the callers' threads are many and short-lived. More than one,
-    because the kernel holds a thread for 16 to 36 ms while it deletes a link. A whole operation is one job, since
+    because the kernel holds a thread for 16 to 36 ms while it deletes a link. A complete operation is one job, since
     each change of threads costs a quarter of a netlink request.
     """
 
