@@ -46,7 +46,7 @@ diff_option = click.option(
 @click.option("--restore", is_flag=True, help="Only repair what killed traces left: let the socket lead to the plugin.")
 @json_option
 def trace(*, plugin: Address, record: Path | None, verbose: bool, diff: bool, restore: bool, as_json: bool) -> None:
-    """Watch the calls of an engine to a running plugin, in whatever language, until Ctrl-C.
+    """Watch the calls of an engine to a running plugin, in any language, until Ctrl-C.
 
     PLUGIN is its name or the path of its socket; that of a plugin that Docker manages is in
     /run/docker/plugins/ID/. Neither it nor the engine is restarted or cut off, not even if the trace is killed.

@@ -1,4 +1,4 @@
-"""See what an engine and a running plugin, in whatever language, say to each other; neither of them is restarted.
+"""See what an engine and a running plugin, in any language, say to each other; neither of them is restarted.
 
     with Tap(Path("/run/docker/plugins/x.sock")) as tap:
         for entry in tap:
@@ -37,7 +37,6 @@ from netplugin_sdk.testing.recording import Entry, Exchange, Mark, short
 _FORWARDER = str(Path(forwarder.__file__))
 _CHUNK = 1 << 20
 _KEPT = (0.3, 1.0)  # seconds after which kept connections are looked for: a new one has been used by then
-_SLOW = 5.0  # seconds without an answer that are worth a mark
 _AGAIN = 0.5  # and between the looks while some of them are in use
 _RETURN_TIMEOUT = 5.0  # seconds for the forwarder to give the socket back, which takes milliseconds
 _PIDFD_GETFD = 438  # the same on every architecture
@@ -58,13 +57,15 @@ class Tap:
 
     Args:
         path: of the socket.
+        slow: seconds without an answer that are worth a `Mark`.
 
     Raises:
         Conflict: another one stands there.
         Unavailable: nobody listens there, or it cannot be done; the text says why.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, slow: float = 5.0) -> None:
+        self._slow = slow
         self._place = _held(path)
         self.restored = self._place.give_back()
         """Whether an earlier one was killed, and the plugin was cut off until now."""
@@ -135,7 +136,7 @@ class Tap:
             self._tell_slow()
             if self._entries:
                 continue
-            if not self._receive(min([*self._looks, *([now + _SLOW / 4] if self.pending else [])], default=None)):
+            if not self._receive(min([*self._looks, *([now + self._slow / 4] if self.pending else [])], default=None)):
                 for conversation in self._conversations.values():
                     self._entries += conversation.end("the trace ended")
                 self.close()
@@ -193,11 +194,11 @@ class Tap:
             self._entries += conversation.feed(data, seconds, is_request=kind == forwarder.REQUEST)
 
     def _tell_slow(self) -> None:
-        latest = (self._unix + time.monotonic_ns()) / 1e9 - _SLOW
+        latest = (self._unix + time.monotonic_ns()) / 1e9 - self._slow
         for conversation in self._conversations.values():
             if (request := conversation.slow(latest)) is not None:
-                text = f"{request.method} has no answer for {_SLOW:g} s: {short(bytes(request.body))}"
-                self._entries.append(Mark(text, latest + _SLOW))
+                text = f"{request.method} has no answer for {self._slow:g} s: {short(bytes(request.body))}"
+                self._entries.append(Mark(text, latest + self._slow))
 
     def _look_for_kept(self) -> None:
         self._looks.pop(0)

@@ -19,7 +19,6 @@ import pytest
 
 from netplugin_sdk import Conflict, DriverError, Unavailable
 from netplugin_sdk.cnm.remote import Address, Patience, RemotePlugin
-from netplugin_sdk.testing import tap as tap_module
 from netplugin_sdk.testing.recording import Entry, Exchange, Mark
 from netplugin_sdk.testing.tap import Tap, restore
 
@@ -33,8 +32,8 @@ NETPLUGIN = str(Path(sys.executable).with_name("netplugin"))
 class Watched:
     """A tap that is read by a thread."""
 
-    def __init__(self, path: Path) -> None:
-        self.tap = Tap(path)
+    def __init__(self, path: Path, *, slow: float = 5.0) -> None:
+        self.tap = Tap(path, slow=slow)
         self.entries: list[Entry] = []
         self.failed: Exception | None = None
         self._thread = threading.Thread(target=self._read)
@@ -65,8 +64,8 @@ class Watched:
 
 
 @contextmanager
-def watched(path: Path) -> Iterator[Watched]:
-    with closing(Watched(path)) as tap:
+def watched(path: Path, *, slow: float = 5.0) -> Iterator[Watched]:
+    with closing(Watched(path, slow=slow)) as tap:
         yield tap
     assert tap.failed is None, tap.failed
 
@@ -198,9 +197,8 @@ def test_a_closed_connection_is_closed(raw: Raw, by_plugin: bool) -> None:
         assert (call.status, call.error) == (0, f"the {'plugin' if by_plugin else 'engine'} closed the connection")
 
 
-def test_a_call_that_takes_long_is_told_while_it_does(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tap_module, "_SLOW", 0.2)
-    with watched(raw.path) as tap, connect_unix(raw.path) as client, raw.accept() as plugin:
+def test_a_call_that_takes_long_is_told_while_it_does(raw: Raw) -> None:
+    with watched(raw.path, slow=0.2) as tap, connect_unix(raw.path) as client, raw.accept() as plugin:
         client.send(echo(a="1"))
         tap.wait_for(f"{METHOD} has no answer for 0.2 s")
         plugin.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")

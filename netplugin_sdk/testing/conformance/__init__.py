@@ -1,4 +1,4 @@
-"""Check whether a Docker network plugin, in whatever language, keeps to Docker's contract.
+"""Check whether a Docker network plugin, in any language, keeps to Docker's contract.
 
     report = run(Subject("unix:///run/docker/plugins/x.sock"))
     print(report.text())
